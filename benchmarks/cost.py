@@ -1,0 +1,84 @@
+"""What `qtool compress` costs: time against the arithmetic it cannot avoid, and peak memory.
+
+The unavoidable arithmetic is timed in plain torch in the same run: two forward passes of the blocks over the
+calibration set and one product x xᵀ for every distinct input of a linear.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.tools import CALIBRATION, parser, print_table, qtool
+
+WINDOWS, SEQ_LEN = 32, 1024
+DEPTHS = (8, 64)
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    options = ["--bits", 4, "--group-size", 64, "--calibration", args.calibration, *CALIBRATION, "--force"]
+    made = qtool("compress", args.model, "-o", args.work / "cost.qtm", *options)
+    floor = unavoidable_seconds(args.model)
+    rows: list[tuple[str, str, str]] = [
+        ("unavoidable arithmetic", f"{floor:.0f} s", ""),
+        ("qtool compress, start to finish", f"{made['seconds']:.0f} s", f"{made['seconds'] / floor:.2f} times"),
+        ("peak memory, reference model", f"{made['peak_rss_bytes'] / 1e9:.2f} GB", ""),
+    ]
+    peaks = [peak_of_depth(args.work / f"depth-{n}", args.model, n, args.calibration) for n in DEPTHS]
+    for depth, peak in zip(DEPTHS, peaks, strict=True):
+        rows.append((f"peak memory, {depth} equal blocks", f"{peak / 1e9:.3f} GB", f"{peak / peaks[0]:.3f} times"))
+    print_table(("what", "measured", "ratio"), rows)
+
+
+@torch.inference_mode()
+def unavoidable_seconds(folder: Path) -> float:
+    """Seconds of two forward passes of the blocks over 32 x 1024 tokens, and of the Hessian products."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (1, SEQ_LEN))
+    base = model.get_decoder()
+    base(input_ids=ids, use_cache=False)  # warm up
+    start = time.perf_counter()
+    for _ in range(2 * WINDOWS):
+        base(input_ids=ids, use_cache=False)
+    return time.perf_counter() - start + hessian_seconds(model)
+
+
+def hessian_seconds(model: PreTrainedModel) -> float:
+    """Seconds of accumulating x xᵀ over all windows for each block's four distinct inputs, in float32."""
+    block: Any = model.get_decoder().layers[0]
+    widths = [
+        m.in_features for m in (block.self_attn.q_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj)
+    ]
+    inputs = [torch.randn(SEQ_LEN, width) for width in widths]
+    sums = [torch.zeros(width, width) for width in widths]
+    start = time.perf_counter()
+    for _ in range(WINDOWS):
+        for x, total in zip(inputs, sums, strict=True):
+            total.addmm_(x.T, x)
+    return (time.perf_counter() - start) * model.config.num_hidden_layers
+
+
+def peak_of_depth(folder: Path, tokenizer_of: Path, depth: int, calibration: Path) -> float:
+    """Peak resident bytes of compressing a generated Llama of `depth` equal blocks."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=512, intermediate_size=1408, num_hidden_layers=depth,
+        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    options = ["--samples", 8, "--seq-len", 512, "--calibration", calibration, "--force"]
+    made = qtool("compress", folder, "-o", folder.with_suffix(".qtm"), *options)
+    shutil.rmtree(folder)
+    return float(made["peak_rss_bytes"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Perplexity against bits per weight: qtool's methods and llama.cpp's types, all in one evaluation.
+
+llama.cpp's types are rounded by its own `gguf` package (bit for bit what llama-quantize writes without an
+importance matrix), applied to the linears of the blocks, and measured as an ordinary model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize, quantize
+from safetensors.torch import load_file, save_file
+
+from benchmarks.tools import CALIBRATION, MEASURE, parser, print_table, qtool
+
+RECIPES = [
+    ("GPTQ 4 bits, group 64", ["--bits", 4, "--group-size", 64]),
+    ("round to nearest 4 bits, group 64", ["--bits", 4, "--group-size", 64, "--method", "rtn"]),
+    ("GPTQ 3 bits, group 64", ["--bits", 3, "--group-size", 64]),
+    ("round to nearest 3 bits, group 64", ["--bits", 3, "--group-size", 64, "--method", "rtn"]),
+]
+PEERS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1]
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    base = qtool("eval", "perplexity", args.model, "--data", args.data, *MEASURE)["perplexity"]
+    rows = [("uncompressed", "16", f"{base:.3f}", "1.000")]
+    for name, options in RECIPES:
+        output = args.work / "quality.qtm"
+        made = qtool("compress", args.model, "-o", output, "--force", *options, *CALIBRATION,
+                     "--calibration", args.calibration, "--embeddings", 16)  # fmt: skip
+        rows.append(_row(f"qtool, {name}", made["bits_per_weight"], output, args.data, base))
+    for kind in PEERS:
+        folder = args.work / "peer"
+        rows.append(
+            _row(f"llama.cpp {kind.name}", round_like_llama_cpp(args.model, folder, kind), folder, args.data, base)
+        )
+    print_table(("method", "bits per weight", "perplexity", "ratio"), rows)
+
+
+def _row(name: str, bits: float, model: Path, data: Path, base: float) -> tuple[str, str, str, str]:
+    perplexity = qtool("eval", "perplexity", model, "--data", data, *MEASURE)["perplexity"]
+    return name, f"{bits:.3f}", f"{perplexity:.3f}", f"{perplexity / base:.3f}"
+
+
+def round_like_llama_cpp(model: Path, folder: Path, kind: GGMLQuantizationType) -> float:
+    """Copy `model` to `folder` with the blocks' linears rounded to `kind`; the bits per weight that it takes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and tensor.dim() == 2:
+            rounded = dequantize(quantize(tensor.float().numpy(), kind), kind)
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(rounded))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights, block_bytes = GGML_QUANT_SIZES[kind]
+    return 8 * block_bytes / weights
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Text in, statistics out: token windows, block inputs, Hessians. Imports neither `qtool` nor `formats`."""

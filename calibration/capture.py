@@ -1,0 +1,81 @@
+"""Runs a block over the calibration set and collects the Hessian of every linear's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.errors import CalibrationError
+from calibration.hessian import HessianAccumulator, LayerStats
+
+
+class _BlockDone(Exception):
+    """Every input has been seen: what is left of the block's forward would compute nothing we keep."""
+
+
+class HessianCapture:
+    """Forward pre-hooks on `linears`; those that are handed the very same tensor share one Hessian."""
+
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        self._linears = linears
+        self._leader: dict[str, str] = {}  # linear -> the linear whose accumulator it shares
+        self._accumulators: dict[str, HessianAccumulator] = {}
+        self._new: dict[str, Tensor] = {}  # leaders first seen in this forward, and what they saw
+        self._called: list[str] = []
+        self._last: str | None = None
+
+    def run(self, forward: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> dict[str, LayerStats]:
+        """Name -> statistics after `forward` over all batches; a linear that saw no token is left out."""
+        hooks = [m.register_forward_pre_hook(self._hook(name)) for name, m in self._linears.items()]
+        try:
+            for batch in batches:
+                self._forward(forward, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self._results()
+
+    def _forward(self, forward: Callable[[Tensor], Any], batch: Tensor) -> None:
+        self._called.clear()
+        try:
+            forward(batch)
+        except _BlockDone:
+            return
+        finally:
+            self._new.clear()
+        # Only a block that calls each linear once has a "last" one; experts may come and go.
+        if sorted(self._called) == sorted(self._linears):
+            self._last = self._called[-1]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            self._called.append(name)
+            if name not in self._leader:
+                self._assign(name, x)
+            if self._leader[name] == name:
+                self._accumulators[name].add(x)
+            if name == self._last:
+                raise _BlockDone
+
+        return hook
+
+    def _assign(self, name: str, x: Tensor) -> None:
+        for leader, seen in self._new.items():
+            if seen is x:
+                self._leader[name] = leader
+                return
+        self._leader[name] = name
+        self._accumulators[name] = HessianAccumulator(x.shape[-1])
+        self._new[name] = x
+
+    def _results(self) -> dict[str, LayerStats]:
+        stats = {}
+        for name, accumulator in self._accumulators.items():
+            stats[name] = accumulator.result()
+            if not torch.isfinite(stats[name].hessian).all():
+                raise CalibrationError(f"{name}: NaN or infinite activations reach this layer; the model overflows")
+        return {name: stats[self._leader[name]] for name in self._linears if name in self._leader}

@@ -1,0 +1,1 @@
+"""From a `.qtm` file to the layouts that other engines read."""

@@ -1,0 +1,1 @@
+"""Kernels: faster ways to the numbers that `formats.layer.decode` defines, each tested against it exactly."""

@@ -1,0 +1,174 @@
+"""A `.qtm` file as a running transformers model whose weights stay packed in the mapped file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from formats.encoding import Dense, Uniform, part_arrays
+from formats.errors import FormatError
+from formats.header import TensorEntry
+from formats.kernels.cpu import decode_uniform
+from formats.reader import QtmFile
+from formats.skeleton import build_skeleton, config_from_dict, is_linear, set_tensor, split_name
+
+GENERATION_CONFIG = "generation_config.json"
+MAX_DECODED_ELEMENTS = 1 << 22
+"""Weights decoded at a time (16 MB as float32): a head of 50,000 rows never stands in memory whole."""
+
+
+def load(path: str | os.PathLike[str], *, check: bool = True) -> PreTrainedModel:
+    """The causal language model in a `.qtm` file: float32 on the CPU, weights decoded on each call.
+
+    The file stays mapped while the model lives. With `check`, every section's SHA-256 is compared first.
+    Raises FormatError when the file is damaged, or lacks a tensor that its config implies.
+    """
+    file = QtmFile.open(path, check=check)
+    model = build_skeleton(config_from_dict(dict(file.header.model["config"])))
+    aliases = _aliases(model)
+    for entry in file.tensors.values():
+        for name in aliases.get(entry.name, [entry.name]):
+            _install(model, name, entry, file)
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise FormatError(f"{path}: tensor {missing[0]!r} is missing; the model's config implies it")
+    if GENERATION_CONFIG in file.files:
+        model.generation_config = GenerationConfig.from_dict(json.loads(file.read_file(GENERATION_CONFIG)))
+    return model
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a `.qtm` file, chat template included; none of its own code is ever run."""
+    with QtmFile.open(path) as file, tempfile.TemporaryDirectory() as folder:
+        for name in file.files:
+            (Path(folder) / name).write_bytes(file.read_file(name))
+        # A config.json tells transformers which tokenizer class the model goes with.
+        (Path(folder) / "config.json").write_text(json.dumps(file.header.model["config"]))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def decode_tensor(file: QtmFile, entry: TensorEntry) -> Tensor:
+    """The values [shape] f32 of a stored tensor, in the model's own orientation; a copy."""
+    if isinstance(entry.encoding, Uniform):
+        parts = section_parts(file, entry)
+        weight = decode_uniform(parts, entry.shape[1], entry.encoding)
+        if entry.encoding.input_scales:
+            weight *= parts["input_scales"].float()
+    else:
+        weight = torch.from_numpy(file.dense(entry.name))
+    return weight.T.contiguous() if entry.transposed else weight
+
+
+def section_parts(file: QtmFile, entry: TensorEntry) -> dict[str, Tensor]:
+    """The parts of a `uniform` section by name as tensors over the mapped file: nothing is copied."""
+    arrays = part_arrays(file.section(entry), entry.shape, entry.encoding)
+    with warnings.catch_warnings():
+        # The mapping is read-only, which torch cannot express; nothing here writes to it.
+        warnings.simplefilter("ignore", UserWarning)
+        return {n: torch.from_numpy(a.view("<i4") if a.dtype == "<u4" else a) for n, a in arrays.items()}
+
+
+class QuantLinear(nn.Module):
+    """y = (x * input_scales) @ decode(W).T + b over packed buffers, decoded a stripe of rows at a time."""
+
+    input_scales: Tensor | None
+
+    def __init__(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], encoding: Uniform, bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.encoding = encoding
+        self._register_parts(parts)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _register_parts(self, parts: Mapping[str, Tensor]) -> None:
+        by_row = {name: part for name, part in parts.items() if name != "input_scales"}
+        self._part_names = {name: name.replace(".", "_") for name in by_row}  # a buffer's name has no dot
+        for name, part in by_row.items():
+            self.register_buffer(self._part_names[name], part, persistent=False)
+        self.register_buffer("input_scales", parts.get("input_scales"), persistent=False)
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        """The decoded rows [n, in] f32 of the weight, input scales not applied."""
+        parts = {name: getattr(self, buffer)[index] for name, buffer in self._part_names.items()}
+        return decode_uniform(parts, self.in_features, self.encoding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_scales is not None:
+            x = x * self.input_scales.to(x.dtype)
+        step = max(1, MAX_DECODED_ELEMENTS // self.in_features)
+        stripes = [slice(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
+        products = [nn.functional.linear(x, self.rows(stripe).to(x.dtype)) for stripe in stripes]
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.encoding}"
+
+
+class QuantEmbedding(nn.Embedding):
+    """An embedding whose rows are decoded as they are looked up. Made by `_quantize_in_place` only."""
+
+    packed: QuantLinear
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Empty: subclasses ask it for the dtype and device that rows come in."""
+        return torch.empty(0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        return self.packed.rows(unique)[inverse]
+
+
+def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear) -> None:
+    """Turn `embedding` into a QuantEmbedding. What its own class adds (Gemma's scale, OPT's offset) stays.
+
+    Such a class calls `super().forward(ids)`; with QuantEmbedding behind it in the method resolution order,
+    that is our look-up instead of torch's.
+    """
+    own = type(embedding)
+    bases = (QuantEmbedding,) if own is nn.Embedding else (own, QuantEmbedding)
+    del embedding.weight
+    embedding.__class__ = type(f"Quant{own.__name__}", bases, {})
+    embedding.packed = packed
+
+
+def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Canonical parameter name -> all names it has: a tied head is stored once, under its first name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {group[0]: group for group in names.values()}
+
+
+def _install(model: PreTrainedModel, name: str, entry: TensorEntry, file: QtmFile) -> None:
+    owner, leaf = split_name(name)
+    try:
+        module = model.get_submodule(owner)
+        expected = getattr(module, leaf).shape
+    except AttributeError as error:
+        raise FormatError(f"{file.label}: {entry.label}: the model's config has no such tensor") from error
+    if tuple(expected) != (entry.shape[::-1] if entry.transposed else entry.shape):
+        raise FormatError(f"{file.label}: {entry.label}: the model's config implies shape {list(expected)}")
+    if isinstance(entry.encoding, Dense) or leaf != "weight":
+        set_tensor(model, name, decode_tensor(file, entry))
+    elif is_linear(module):
+        bias = cast(Any, module).bias
+        linear = QuantLinear(section_parts(file, entry), entry.shape, entry.encoding, bias)
+        model.set_submodule(owner, linear)
+    elif isinstance(module, nn.Embedding):
+        _quantize_in_place(module, QuantLinear(section_parts(file, entry), entry.shape, entry.encoding, None))
+    else:
+        set_tensor(model, name, decode_tensor(file, entry))

@@ -1,0 +1,157 @@
+"""Read a `.qtm` file: map it, check its header at once and each section when it is first touched (SPEC 9)."""
+
+import hashlib
+import mmap
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from formats.encoding import Dense, Uniform, align, check_section, dense_to_float32, unpack
+from formats.errors import FormatError, error_context
+from formats.header import SECTION_ALIGNMENT, FileEntry, Header, Section, TensorEntry, parse_header
+from formats.layer import QuantizedLinear
+from formats.preamble import PREAMBLE_BYTES, VERSION, read_header_bytes, read_preamble
+
+
+class QtmFile:
+    """A file whose preamble and header have been checked; its sections are read when asked for.
+
+    Views that `section` returned stay valid after `close`: the mapping goes away with the last of them.
+    """
+
+    def __init__(self, data: bytes | mmap.mmap, label: str, check: bool = True) -> None:
+        self.label = label
+        self.check = check
+        self._data = data
+        self._view = memoryview(data)
+        self._checked: set[str] = set()
+        with error_context(label):
+            self.version, self.header = _parse(self._view)
+        self.tensors: dict[str, TensorEntry] = {entry.name: entry for entry in self.header.tensors}
+        self.files: dict[str, FileEntry] = {entry.name: entry for entry in self.header.files}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], check: bool = True) -> "QtmFile":
+        """Map a file; `check=False` leaves out the SHA-256 of sections, never that of the header."""
+        with open(path, "rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes < PREAMBLE_BYTES:  # an empty file cannot be mapped at all
+                return cls(file.read(PREAMBLE_BYTES), str(path), check)
+            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path), check)
+
+    def __enter__(self) -> "QtmFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the mapping."""
+        self._view.release()
+        if isinstance(self._data, mmap.mmap):
+            with suppress(BufferError):  # a view is still in use; the mapping ends with it
+                self._data.close()
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return len(self._view)
+
+    def section(self, entry: Section) -> memoryview:
+        """The bytes of a section, a read-only view of the mapping; hashed when first touched (SPEC 9.2)."""
+        view = self._view[entry.offset_bytes : entry.offset_bytes + entry.n_bytes]
+        if self.check and entry.label not in self._checked:
+            if hashlib.sha256(view).hexdigest() != entry.sha256:
+                raise FormatError(f"{self.label}: {entry.label}: does not match its SHA-256: damaged (SPEC 4.4)")
+            self._checked.add(entry.label)
+        return view
+
+    def layer(self, name: str) -> QuantizedLinear:
+        """A `uniform` tensor as a layer; its arrays are copies."""
+        entry = self._tensor(name)
+        if not isinstance(entry.encoding, Uniform):
+            raise FormatError(f"{self.label}: {entry.label} is {entry.encoding.name}, not uniform")
+        section = self.section(entry)
+        with error_context(f"{self.label}: {entry.label}"):
+            return unpack(section, entry.shape, entry.encoding)
+
+    def dense(self, name: str) -> npt.NDArray[np.float32]:
+        """A `dense` tensor in its shape as float32; a copy."""
+        entry = self._tensor(name)
+        if not isinstance(entry.encoding, Dense):
+            raise FormatError(f"{self.label}: {entry.label} is {entry.encoding.name}, not dense")
+        return dense_to_float32(self.section(entry), entry.shape, entry.encoding.dtype)
+
+    def read_file(self, name: str) -> bytes:
+        """The content of an embedded file."""
+        if name not in self.files:
+            raise FormatError(f"{self.label}: no file {name!r}")
+        return bytes(self.section(self.files[name]))
+
+    def drop_pages(self) -> None:
+        """Give the pages read so far back to the system: a caller that streams keeps its memory bounded."""
+        if isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
+
+    def check_padding(self) -> None:
+        """Refuse a byte between sections that is not zero (SPEC 4.3)."""
+        end = PREAMBLE_BYTES
+        for section in self.header.sections():
+            self._check_gap(end, section.offset_bytes, section.label)
+            end = section.offset_bytes + section.n_bytes
+        self._check_gap(end, align(end, SECTION_ALIGNMENT), "header")
+
+    def _check_gap(self, start: int, stop: int, label: str) -> None:
+        if any(self._view[start:stop]):
+            raise FormatError(f"{self.label}: {label}: the padding before it is not zero (SPEC 4.3)")
+
+    def _tensor(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            raise FormatError(f"{self.label}: no tensor {name!r}")
+        return self.tensors[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What `verify` went over: sections hashed and checked, and the size of the file."""
+
+    n_sections: int
+    n_bytes: int
+
+
+def verify(path: str | os.PathLike[str]) -> VerifyReport:
+    """Check every byte of a file against SPEC.md; FormatError names the section that is not as it must be."""
+    with QtmFile.open(Path(path)) as file:
+        return verify_file(file)
+
+
+def verify_file(file: QtmFile) -> VerifyReport:
+    """As `verify`, for a file that is open (with `check=True`); memory stays that of the largest section."""
+    file.check_padding()
+    for section in file.header.sections():
+        data = file.section(section)
+        if isinstance(section, TensorEntry):
+            with error_context(f"{file.label}: {section.label}"):
+                check_section(data, section.shape, section.encoding)
+        file.drop_pages()
+    return VerifyReport(n_sections=len(file.tensors) + len(file.files), n_bytes=file.n_bytes)
+
+
+def _parse(view: memoryview) -> tuple[tuple[int, int], Header]:
+    preamble = read_preamble(view)
+    header = read_header_bytes(view, preamble)
+    try:
+        return preamble.version, parse_header(header, preamble.offset_bytes)
+    except FormatError as error:
+        if preamble.version <= VERSION:
+            raise
+        # A newer minor version is read as long as nothing in it is new to us (SPEC 2.3).
+        written, known = (".".join(map(str, version)) for version in (preamble.version, VERSION))
+        raise FormatError(f"{error}; the file is version {written}, this reader knows {known}") from error

@@ -1,0 +1,85 @@
+"""A transformers model without weights: the shape that a file or a checkpoint is poured into.
+
+Parameters stay on the meta device until somebody assigns them; the few buffers that no file
+stores (rotary frequencies, embedding scales) are computed from the config at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from formats.errors import FormatError
+
+
+def config_from_dict(values: dict[str, Any]) -> Any:
+    """The transformers config of a `config.json` dict. No code of the model's own is ever run."""
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise FormatError("model config has no model_type: not a transformers model")
+    try:
+        # auto_map would name remote code: with it dropped, only classes that transformers ships can be built.
+        return AutoConfig.for_model(**{k: v for k, v in values.items() if k != "auto_map"})
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"model_type={model_type!r}: transformers cannot build it: {_first_line(error)}") from error
+
+
+def build_skeleton(config: Any) -> PreTrainedModel:
+    """The model of `config` in float32 and eval mode, parameters on meta, derived buffers real."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        raise FormatError(
+            f"model_type={config.model_type!r} is not a causal language model: {_first_line(error)}"
+        ) from error
+    model.eval()
+    for module in model.modules():
+        _init_derived_buffers(model, module)
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
+def _init_derived_buffers(model: PreTrainedModel, module: nn.Module) -> None:
+    derived = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+    if not derived:
+        return
+    for name in derived:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    with torch.no_grad():
+        model._init_weights(module)  # transformers' own rule for what is derived; parameters stay on meta
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`a.b.weight` -> (`a.b`, `weight`)."""
+    owner, _, leaf = name.rpartition(".")
+    return owner, leaf
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the parameter or buffer `name` of `model` by `value`, whatever device it was on."""
+    owner, leaf = split_name(name)
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's Conv1D, a linear layer whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one 2-D weight: torch's Linear or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

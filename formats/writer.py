@@ -1,0 +1,222 @@
+"""Write a `.qtm` file in one pass, section by section, so that it appears complete or not at all (SPEC 8)."""
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from formats.encoding import Dense, Shape, Uniform, align
+from formats.errors import FormatError, error_context
+from formats.header import (
+    SECTION_ALIGNMENT,
+    FileEntry,
+    Header,
+    TensorEntry,
+    check_file_name,
+    check_tensor,
+    check_tensor_name,
+    parse_header,
+    serialise_header,
+)
+from formats.preamble import PREAMBLE_BYTES, build_preamble
+
+BytesLike: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.generic]
+
+
+class Writer:
+    """Context manager for one new file.
+
+    Bytes go to `.NAME.part-*` beside the target and get their name in `finish`. Leaving the context before
+    that, for whatever reason, removes them. Only a process killed outright leaves such a file behind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self._part = self.path.with_name(f".{self.path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
+        self._file: BinaryIO | None = None
+        self._end = PREAMBLE_BYTES  # of what is complete: a section that failed is written over
+        self._tensors: dict[str, TensorEntry] = {}
+        self._files: dict[str, FileEntry] = {}
+
+    def __enter__(self) -> "Writer":
+        self._check_target()
+        self._file = open(self._part, "xb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            file.close()
+        finally:
+            self._part.unlink(missing_ok=True)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the file so far; its size once it is finished."""
+        return self._end
+
+    def add_tensor(
+        self,
+        name: str,
+        shape: Shape,
+        encoding: Dense | Uniform,
+        data: BytesLike | Iterable[BytesLike],
+        *,
+        transposed: bool = False,
+        relative_error: float | None = None,
+    ) -> TensorEntry:
+        """Append a tensor's section; `data` is the whole section or its pieces in order."""
+        check_tensor_name(name)
+        shape, error = tuple(int(size) for size in shape), relative_error
+        error = None if error is None else float(error)
+        with error_context(f"tensor {name!r}"):
+            if name in self._tensors:
+                raise FormatError("the name stands twice (SPEC 5.2)")
+            n_bytes = encoding.section_bytes(shape)
+            check_tensor(shape, encoding, n_bytes=n_bytes, transposed=transposed, relative_error=error)
+            offset, _, sha256 = self._append(data, n_bytes)
+        entry = TensorEntry(
+            name=name,
+            shape=shape,
+            encoding=encoding,
+            offset_bytes=offset,
+            n_bytes=n_bytes,
+            sha256=sha256,
+            relative_error=error,
+            transposed=transposed,
+        )
+        self._tensors[name] = entry
+        return entry
+
+    def add_file(self, name: str, data: BytesLike | Iterable[BytesLike]) -> FileEntry:
+        """Append an embedded file's section."""
+        check_file_name(name)
+        with error_context(f"file {name!r}"):
+            if name in self._files:
+                raise FormatError("the name stands twice (SPEC 6.2)")
+            offset, n_bytes, sha256 = self._append(data, None)
+        entry = FileEntry(name=name, offset_bytes=offset, n_bytes=n_bytes, sha256=sha256)
+        self._files[name] = entry
+        return entry
+
+    def finish(
+        self,
+        *,
+        model: Mapping[str, Any],
+        recipe: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        quality: Mapping[str, Any],
+    ) -> Header:
+        """Write header and preamble, make the bytes durable and give the file its name."""
+        file = self._open_file()
+        offset = align(self._end, SECTION_ALIGNMENT)
+        header = Header(
+            tensors=tuple(self._tensors.values()),
+            files=tuple(self._files.values()),
+            model=model,
+            recipe=recipe,
+            provenance=provenance,
+            quality=quality,
+        )
+        data = serialise_header(header)
+        header = parse_header(data, offset)  # what a reader would refuse is never given the final name
+        preamble = build_preamble(offset, data)
+        self._seek_to_end(file)
+        file.write(data)
+        file.truncate()
+        file.seek(0)
+        file.write(preamble)
+        file.flush()
+        os.fsync(file.fileno())
+        self._publish()
+        self._end = offset + len(data)
+        return header
+
+    def _append(self, data: BytesLike | Iterable[BytesLike], n_bytes: int | None) -> tuple[int, int, str]:
+        """Write one section of `n_bytes` (None: as many as come).  -> offset, bytes, SHA-256"""
+        file = self._open_file()
+        offset = self._seek_to_end(file)
+        digest, total = hashlib.sha256(), 0
+        for chunk in _chunks(data):
+            total += len(chunk)
+            if n_bytes is not None and total > n_bytes:
+                raise FormatError(f"data has more than the {n_bytes} bytes of its shape (SPEC 5.4)")
+            digest.update(chunk)
+            file.write(chunk)
+        if n_bytes is not None and total != n_bytes:
+            raise FormatError(f"data has {total} bytes, its shape takes {n_bytes} (SPEC 5.4)")
+        self._end = offset + total
+        return offset, total, digest.hexdigest()
+
+    def _seek_to_end(self, file: BinaryIO) -> int:
+        """Zero padding up to where the next section starts; leaves the file there."""
+        offset = align(self._end, SECTION_ALIGNMENT)
+        file.seek(self._end)
+        file.write(bytes(offset - self._end))
+        return offset
+
+    def _open_file(self) -> BinaryIO:
+        if self._file is None:
+            raise FormatError(f"{self.path}: the writer is not open; use it as a context manager, once")
+        return self._file
+
+    def _check_target(self) -> None:
+        if not self.overwrite and os.path.lexists(self.path):
+            raise FormatError(f"{self.path}: exists already; nothing was written (SPEC 8.3)")
+
+    def _publish(self) -> None:
+        """Give the complete file its name; a reader that has the old file mapped keeps it."""
+        file = self._open_file()
+        file.close()
+        if self.overwrite:
+            os.replace(self._part, self.path)
+        else:
+            self._link()
+        self._file = None
+        _sync_folder(self.path.parent)
+
+    def _link(self) -> None:
+        """Unlike a rename, a link fails when another process made the target meanwhile."""
+        try:
+            os.link(self._part, self.path)
+        except FileExistsError as error:
+            raise FormatError(f"{self.path}: exists already; it was left as it is (SPEC 8.3)") from error
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # A file system without hard links, such as exFAT: check again as late as possible, then rename.
+            self._check_target()
+            os.replace(self._part, self.path)
+        else:
+            self._part.unlink()
+
+
+def _chunks(data: BytesLike | Iterable[BytesLike]) -> Iterator[memoryview]:
+    try:
+        yield memoryview(data).cast("B")  # type: ignore[arg-type]
+    except TypeError:
+        if isinstance(data, np.ndarray):  # not contiguous: its rows are not its bytes
+            raise
+        for chunk in data:
+            yield memoryview(chunk).cast("B")  # type: ignore[arg-type]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself durable, not only the bytes behind it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,230 @@
+"""STAGE 1, load: a source model as a config, a tokenizer and tensors that are read a block at a time.
+
+Three sources share one interface: a Hugging Face folder (or hub id), a GGUF file, and one of our own
+`.qtm` files, whose tensors come back decoded. None of them ever holds the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from formats.encoding import DENSE_DTYPES
+from formats.skeleton import config_from_dict, split_name
+from qtool.errors import CheckpointError
+
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+class Checkpoint(ABC):
+    """A source model. `bind` it to a skeleton once, then `load` parameters by name as often as needed."""
+
+    name: str
+    format: str
+    config: Any
+
+    @abstractmethod
+    def bind(self, model: PreTrainedModel) -> None:
+        """Learn which stored tensors make which parameter of `model`."""
+
+    @abstractmethod
+    def _read(self, model: PreTrainedModel, names: set[str]) -> None:
+        """Assign the parameters `names` of `model` in float32; what is not stored stays on meta."""
+
+    @abstractmethod
+    def stored_dtype(self, name: str) -> str:
+        """F16, BF16 or F32: what the parameter `name` is stored as, or the nearest of these that holds it."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+
+    @abstractmethod
+    def source_files(self) -> list[tuple[str, int]]:
+        """(file name, bytes) of every file that weights are read from."""
+
+    def generation_config(self) -> GenerationConfig:
+        return GenerationConfig.from_model_config(self.config)
+
+    def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """Assign the parameters `names` of `model` in float32, checked to be present and finite."""
+        wanted = set(names)
+        self._read(model, wanted)
+        for name in sorted(wanted):
+            tensor = find_tensor(model, name)
+            if tensor.is_meta:
+                raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights")
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{self.name}: weight {name} has NaN or infinite values; the model is broken")
+
+
+def find_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """The parameter or buffer called `name`."""
+    owner, leaf = split_name(name)
+    tensor = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """The checkpoint behind a path or a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return HuggingFaceCheckpoint(path)
+    if path.suffix == ".qtm" and path.is_file():
+        from qtool.checkpoint_qtm import QtmCheckpoint
+
+        return QtmCheckpoint(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from qtool.checkpoint_gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    if path.is_file():
+        raise CheckpointError(f"{model}: neither a model folder nor a .gguf or .qtm file")
+    if path.suffix or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such file or folder")
+    return HuggingFaceCheckpoint(download(model), name=model)
+
+
+def download(hub_id: str) -> Path:
+    """The local folder of a hub model, fetched or from the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{hub_id}: no such folder here and no such model on the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, and the hub cannot be reached (offline?); give the path of a local model"
+        ) from error
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A folder with config.json, a tokenizer and one safetensors file or shards with an index."""
+
+    format = "safetensors"
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.folder = folder
+        self.name = name or str(folder)
+        self.config = config_from_dict(self._config_values())
+        self._shard_of = self._index()
+        self._sources: dict[str, list[str]] = {}
+        self._conversions: list[Any] = []
+
+    def stored_dtype(self, name: str) -> str:
+        key = next(iter(self._sources.get(name, [])), None)
+        if key is None:
+            raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights")
+        with self._open(self._shard_of[key]) as shard:
+            dtype = str(shard.get_slice(key).get_dtype())
+        return dtype if dtype in DENSE_DTYPES else "F32"
+
+    def _config_values(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{self.name}: not a model folder (no config.json in it)")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        if "quantization_config" in values:
+            method = values["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(f"{self.name}: already quantized ({method}); give the original model")
+        return dict(values)
+
+    def _index(self) -> dict[str, str]:
+        """Stored tensor name -> shard file name."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
+            for shard in sorted(set(shard_of.values())):
+                if Path(shard).name != shard or not (self.folder / shard).is_file():
+                    raise CheckpointError(f"{self.name}: shard {shard} named in {index.name} is missing")
+            return shard_of
+        if not (self.folder / "model.safetensors").is_file():
+            hint = (
+                " (its *.bin files are pickles; convert them to safetensors)" if any(self.folder.glob("*.bin")) else ""
+            )
+            raise CheckpointError(f"{self.name}: no model.safetensors and no index of shards in it{hint}")
+        with self._open("model.safetensors") as shard_file:
+            return dict.fromkeys(shard_file.keys(), "model.safetensors")
+
+    def _open(self, shard: str) -> Any:
+        try:
+            return safe_open(self.folder / shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / shard}: truncated or not a safetensors file ({error})") from error
+
+    def bind(self, model: PreTrainedModel) -> None:
+        self._conversions = get_model_conversion_mapping(model)
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        parameters, prefix = model.state_dict(), model.base_model_prefix
+        sources = defaultdict(list)
+        for key in self._shard_of:
+            target, _ = rename_source_key(key, renamings, converters, prefix, parameters)
+            if target not in parameters:  # some renamings are for older files than this one
+                target, _ = rename_source_key(key, [], [], prefix, parameters)
+            sources[target].append(key)
+        self._sources = dict(sources)
+
+    def _read(self, model: PreTrainedModel, names: set[str]) -> None:
+        keys = [key for name in names for key in self._sources.get(name, [])]
+        # Shards are opened for one block and closed again, or every page ever read would stay resident.
+        with ExitStack() as stack:
+            shards = {s: stack.enter_context(self._open(s)) for s in sorted({self._shard_of[k] for k in keys})}
+            try:
+                tensors = {key: shards[self._shard_of[key]].get_slice(key) for key in keys}
+                config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._conversions)
+                info, _ = convert_and_load_state_dict_in_model(model, tensors, config, disk_offload_index=None)
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error
+        for name, stored, expected in sorted(info.mismatched_keys):
+            raise CheckpointError(
+                f"{self.name}: tensor {name} has shape {list(stored)}, config.json implies {list(expected)}"
+            )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer_folder(self.folder, self.name)
+
+    def generation_config(self) -> GenerationConfig:
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        return super().generation_config()
+
+    def source_files(self) -> list[tuple[str, int]]:
+        return [(s, (self.folder / s).stat().st_size) for s in sorted(set(self._shard_of.values()))]
+
+
+def load_tokenizer_folder(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in `folder`; no code of its own is ever run."""
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
+    if not any((folder / file).is_file() for file in known):
+        raise CheckpointError(f"{name}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json)")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,212 @@
+"""The command line: parse, call one function, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calibration.errors import CalibrationError
+from formats.errors import FormatError
+from qtool import __version__
+from qtool.errors import QtoolError
+
+DOMAIN_ERRORS = (QtoolError, CalibrationError, FormatError)
+
+
+class _Group(click.Group):
+    """Turns every error that a user can act on into one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DOMAIN_ERRORS as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except OSError as error:
+            raise click.ClickException(_describe_os_error(error)) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory; use fewer --samples or a shorter --seq-len") from error
+        except KeyboardInterrupt as error:
+            raise click.ClickException("interrupted; no file was written") from error
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}no space left on the disk; nothing was left behind, free some and run again"
+    return f"{where}{error.strerror or error}"
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qtool")
+def main() -> None:
+    """Compress a causal language model into one small, checksummed file, and measure what it cost.
+
+    \b
+    qtool compress ./my-model --bits 4
+    qtool inspect my-model-4bit.qtm
+    qtool eval perplexity my-model-4bit.qtm --baseline ./my-model
+    """
+
+
+def _emit(values: dict[str, Any], text: str, as_json: bool) -> None:
+    click.echo(json.dumps(values, indent=2) if as_json else text)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+text_field_option = click.option(
+    "--text-field",
+    default="text",
+    show_default=True,
+    help="Field of .jsonl and .parquet files that holds the text.",
+)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file.  [default: NAME-BITSbit.qtm]")
+@click.option("--bits", type=int, default=4, show_default=True, help="Bits per code of the linear layers, 2 to 8.")
+@click.option("--group-size", type=int, default=128, show_default=True, help="Inputs that share a scale; -1: a row.")
+@click.option("--method", default="gptq", show_default=True, help="gptq, or rtn (round to nearest, no calibration).")
+@click.option("--sym/--asym", "symmetric", default=False, help="Zero fixed in the middle.  [default: asym]")
+@click.option("--act-order/--no-act-order", default=True, help="Most active inputs first.  [default: act-order]")
+@click.option("--percdamp", "--damp", type=float, default=0.01, show_default=True, help="Damping of the Hessian.")
+@click.option("--scale-search/--no-scale-search", default=True, help="Search each group's range.  [default: on]")
+@click.option("--input-scales/--no-input-scales", default=True, help="A factor for each input.  [default: on]")
+@click.option("--embeddings", type=int, default=8, show_default=True, help="Bits of embeddings and head; 16: as is.")
+@click.option(
+    "--calibration", "--dataset", default="builtin", show_default=True, metavar="SOURCE",
+    help="A .txt, .jsonl or .parquet file or a folder of them, a dataset of the hub (wikitext2, c4, ptb, org/name), "
+    "builtin, or self; comma-joined mixes.",
+)  # fmt: skip
+@text_field_option
+@click.option("--samples", "--nsamples", type=int, default=128, show_default=True, help="Calibration windows.")
+@click.option("--seq-len", "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Places the windows.")
+@click.option("--dry-run", is_flag=True, help="Print size, bits per weight, memory and time; quantize nothing.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@json_option
+def compress(model: str, output: Path | None, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
+    """Compress MODEL: a Hugging Face folder, a hub id or a GGUF file.
+
+    \b
+    qtool compress ./my-model --bits 4
+    qtool compress ./my-model --bits 3 --group-size 64 --calibration notes.txt -o small.qtm
+    qtool compress org/name --dry-run
+    """
+    from qtool import commands
+
+    recipe = commands.build_recipe(**options)
+    output = output or commands.default_output(model, recipe)
+    if dry_run:
+        estimate = commands.dry_run(model, recipe)
+        _emit(estimate, commands.format_estimate(estimate), as_json)
+        return
+    result = commands.run_compress(model, output, recipe, force=force, warn=lambda line: click.echo(line, err=True))
+    _emit(result, commands.format_result(result), as_json)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@json_option
+def inspect(file: Path, tensors: bool, as_json: bool) -> None:
+    """Show what is in FILE. Only the header is read.
+
+    \b
+    qtool inspect model.qtm --tensors
+    qtool inspect model.qtm --json | jq .bits_per_weight
+    """
+    from qtool.report import format_inspection, inspect_file
+
+    found = inspect_file(file)
+    _emit(found, format_inspection(found, tensors=tensors), as_json)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def verify(file: Path, as_json: bool) -> None:
+    """Check every byte of FILE against its checksums and the format's rules."""
+    from formats.reader import verify as verify_file
+
+    report = verify_file(file)
+    values = {"file": str(file), "sections": report.n_sections, "bytes": report.n_bytes, "ok": True}
+    _emit(values, f"{file}: ok, {report.n_sections} sections, {report.n_bytes:,} bytes", as_json)
+
+
+@main.group(name="eval")
+def evaluate() -> None:
+    """Measure a model or a file."""
+
+
+@evaluate.command()
+@click.argument("model")
+@click.option("--data", default="builtin:test", show_default=True, metavar="SOURCE", help="Text, as --calibration.")
+@text_field_option
+@click.option("--seq-len", type=int, help="Tokens in a window.  [default: 2048, or the model's context if shorter]")
+@click.option("--max-windows", type=int, help="Stop after this many windows.  [default: the whole text]")
+@click.option("--baseline", metavar="MODEL", help="Model or file to compare with: KL divergence and agreement.")
+@json_option
+def perplexity(model: str, data: str, baseline: str | None, as_json: bool, **options: Any) -> None:
+    """Perplexity of MODEL (a folder, hub id, GGUF or .qtm file), by the GPTQ paper's protocol.
+
+    \b
+    qtool eval perplexity model.qtm --data wikitext2 --baseline ./my-model
+    qtool eval perplexity model.qtm --data text.txt --seq-len 1024 --max-windows 16
+    """
+    from qtool import commands
+
+    result = commands.run_perplexity(model, data=data, baseline=baseline, **options)
+    _emit(result, commands.format_perplexity(result), as_json)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: most likely.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For a temperature above 0.")
+@json_option
+def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
+    """Continue a prompt with the model in FILE, on the CPU.
+
+    \b
+    qtool generate model.qtm --prompt "The capital of France is"
+    """
+    from qtool import commands
+
+    text = commands.run_generate(file, prompt, **options)
+    _emit({"prompt": prompt, "text": text}, prompt + text, as_json)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["dense"]), required=True, help="dense: a Hugging Face folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    help="float32 holds the decoded weights exactly.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@json_option
+def export(file: Path, to: str, output: Path, dtype: str, force: bool, as_json: bool) -> None:
+    """Write the model in FILE as a folder that other tools load.
+
+    \b
+    qtool export model.qtm --to dense -o ./decoded
+    """
+    from formats.export.dense import export_dense
+    from formats.reader import QtmFile
+
+    with QtmFile.open(file) as opened:
+        names = export_dense(opened, output, dtype=dtype, overwrite=force)
+    _emit({"folder": str(output), "to": to, "files": names}, f"{output}: {', '.join(names)}", as_json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

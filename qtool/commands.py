@@ -1,0 +1,144 @@
+"""What each command does between the parsed options and the printed result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint import open_checkpoint
+from qtool.errors import CheckpointError, ConfigError
+from qtool.estimate import estimate_run
+from qtool.evaluate import evaluate_perplexity
+from qtool.model import BlockwiseModel
+from qtool.numerics import exact_float32, quiet_transformers
+from qtool.pipeline import compress
+from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
+from qtool.report import format_bytes, inspect_file
+
+
+def build_recipe(
+    *,
+    calibration: str,
+    text_field: str,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    embeddings: int,
+    **linears: Any,
+) -> Recipe:
+    """The recipe of a command's options; ConfigError names the value that makes no sense."""
+    source = CalibrationSpec(source=calibration, text_field=text_field, samples=samples, seq_len=seq_len, seed=seed)
+    return Recipe(linears=QuantSpec(**linears), embeddings=embeddings, calibration=source)
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    """NAME-BITSbit.qtm in the working directory, after the model's own name."""
+    path = Path(model).expanduser()
+    name = path.stem if path.is_file() else path.resolve().name
+    return Path(f"{name}-{recipe.linears.bits}bit.qtm")
+
+
+def run_compress(
+    model: str, output: Path, recipe: Recipe, *, force: bool, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compress and describe the file that came of it."""
+    if output.exists() and not force:
+        raise ConfigError(f"{output}: exists already; give another --output or --force")
+    if not output.parent.is_dir():
+        raise ConfigError(f"{output}: its folder does not exist")
+    with quiet_transformers():
+        report = compress(open_checkpoint(model), output, recipe, overwrite=force, warn=warn)
+    found = inspect_file(output)
+    return {
+        "file": str(output),
+        **{key: found[key] for key in ("file_bytes", "parameters", "bits_per_weight", "quantized_share", "quality")},
+        "left_dense": [row["name"] for row in found["tensors"] if row["encoding"] == "dense"],
+        "seconds": report.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def format_result(result: dict[str, Any]) -> str:
+    error = result["quality"]["mean_relative_error"]
+    return (
+        f"{result['file']}: {format_bytes(result['file_bytes'])}, {result['bits_per_weight']:.3f} bits per weight, "
+        f"{result['quantized_share']:.1%} of {result['parameters']:,} parameters quantized, "
+        f"{len(result['left_dense'])} tensors left dense (qtool inspect lists them), mean relative error {error:.2e}, "
+        f"{result['seconds']:.0f} s, peak memory {format_bytes(result['peak_rss_bytes'])}"
+    )
+
+
+def dry_run(model: str, recipe: Recipe) -> dict[str, Any]:
+    with quiet_transformers(), exact_float32():
+        return estimate_run(BlockwiseModel(open_checkpoint(model)), recipe)
+
+
+def format_estimate(estimate: dict[str, Any]) -> str:
+    lines = [
+        f"file             {format_bytes(estimate['file_bytes'])}",
+        f"bits per weight  {estimate['bits_per_weight']:.3f}",
+        f"quantized        {estimate['quantized_share']:.2%} of {estimate['parameters']:,} parameters",
+        f"peak memory      about {format_bytes(estimate['peak_rss_bytes'])}",
+        f"time             about {estimate['seconds']:.0f} s on this machine",
+        f"left dense       {len(estimate['left_dense'])} tensors",
+    ]
+    return "\n".join(lines + [f"  {row['name']}  ({row['reason']})" for row in estimate["left_dense"]])
+
+
+def run_perplexity(model: str, *, baseline: str | None, **options: Any) -> dict[str, Any]:
+    with quiet_transformers():
+        checkpoint = open_checkpoint(model)
+        base = None if baseline is None else open_checkpoint(baseline)
+        return evaluate_perplexity(checkpoint, baseline=base, **options).to_dict()
+
+
+def format_perplexity(result: dict[str, Any]) -> str:
+    lines = [f"perplexity  {result['perplexity']:.4f}"]
+    if "baseline_perplexity" in result:
+        ratio = result["perplexity"] / result["baseline_perplexity"]
+        lines += [
+            f"baseline    {result['baseline_perplexity']:.4f}  (ratio {ratio:.4f})",
+            f"KL          mean {result['kl_mean']:.5f} nats, 99th percentile {result['kl_p99']:.5f}",
+            f"same top    {result['same_top']:.2%} of the tokens",
+        ]
+    lines += [
+        f"data        {result['data']}, SHA-256 {result['data_sha256']}",
+        f"windows     {result['windows']} of {result['seq_len']} tokens, {result['tokens']} predicted, "
+        f"in {result['seconds']:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """The continuation alone."""
+    import torch
+
+    from formats.loader import load, load_tokenizer
+
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer, model = load_tokenizer(file), load(file)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise ConfigError("--prompt: has no tokens in it")
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        ids = model.generate(  # type: ignore[operator]
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

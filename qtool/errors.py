@@ -1,0 +1,25 @@
+"""What can go wrong, one class per place the user has to look.
+
+QtoolError
+├── ConfigError       an option, or a combination of options, that makes no sense
+├── CheckpointError   the source model: missing, truncated, not a model, NaN in a weight
+└── QuantizeError     the numerics: a Hessian that cannot be factored, a non-finite activation
+"""
+
+from __future__ import annotations
+
+
+class QtoolError(Exception):
+    """Base of the errors a user can act on; the message is one line: the thing, the value, the fix."""
+
+
+class ConfigError(QtoolError):
+    pass
+
+
+class CheckpointError(QtoolError):
+    pass
+
+
+class QuantizeError(QtoolError):
+    pass

@@ -1,0 +1,85 @@
+"""What a run would give and cost, without quantizing anything (`--dry-run`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from qtool.model import BlockwiseModel
+from qtool.pipeline import save_tokenizer
+from qtool.plan import TensorPlan, plan_tensors
+from qtool.recipe import Recipe
+from qtool.sizes import bits_per_weight, stored_bytes
+
+HEADER_BYTES_PER_TENSOR = 300  # one entry of the header: name, place, SHA-256, encoding
+START_SECONDS = 8.0  # imports, tokenizer, reading and tokenizing the text
+INTERPRETER_BYTES = 450_000_000  # Python with torch and transformers imported
+SOLVER_PASSES = 60  # float operations per weight and column of the solver and the scale search, in 2 * in units
+
+
+def estimate_run(model: BlockwiseModel, recipe: Recipe) -> dict[str, Any]:
+    """Size and bits per weight to the byte but for the header; memory and time to within some tens of percent."""
+    plan = plan_tensors(model, recipe)
+    quantized = sum(t.n_parameters for t in plan if t.spec is not None)
+    parameters = sum(t.n_parameters for t in plan)
+    files = sum(len(data) for data in save_tokenizer(model.checkpoint).values())
+    return {
+        "file_bytes": sum(stored_bytes(t.encoding, t.shape) + HEADER_BYTES_PER_TENSOR for t in plan) + files,
+        "parameters": parameters,
+        "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
+        "quantized_share": quantized / parameters,
+        "peak_rss_bytes": _peak_rss_bytes(model, plan, recipe),
+        "seconds": _seconds(model, plan, recipe),
+        "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
+    }
+
+
+def _blocks(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
+    """The linears that will be quantized, block by block."""
+    names = [f"{model.block_name(i)}." for i in range(len(model.blocks))]
+    return [[t for t in plan if t.name.startswith(name) and t.spec is not None] for name in names]
+
+
+def _n_tokens(model: BlockwiseModel, recipe: Recipe) -> int:
+    if recipe.linears.method == "rtn":
+        return 0
+    return recipe.calibration.samples * min(recipe.calibration.seq_len, model.max_seq_len or 1 << 30)
+
+
+def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> int:
+    """The larger of two moments: the embeddings in float32, or the largest block while it is solved."""
+    outside = sum(4 * t.n_parameters for t in plan if not t.in_block)
+    hidden = 4 * _n_tokens(model, recipe) * int(model.config.hidden_size)
+    block = 0
+    for linears in _blocks(model, plan):
+        inputs = {t.shape[1] for t in linears}
+        # The block twice (as it was and decoded), a Hessian per input, and the largest one factored in float64.
+        solving = 8 * sum(t.n_parameters for t in linears) + sum(4 * n * n for n in inputs)
+        block = max(block, solving + 40 * max(inputs, default=0) ** 2)
+    return INTERPRETER_BYTES + max(outside, block) + hidden
+
+
+def _seconds(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> float:
+    n_tokens = _n_tokens(model, recipe)
+    operations = 0.0
+    for linears in _blocks(model, plan):
+        forward = sum(2 * n_tokens * t.n_parameters for t in linears)
+        attention = 4 * n_tokens * recipe.calibration.seq_len * int(model.config.hidden_size)
+        hessians = sum(n_tokens * n * n for n in {t.shape[1] for t in linears})
+        solver = sum(SOLVER_PASSES * 2 * t.n_parameters * 64 for t in linears) if n_tokens else 0
+        operations += 2 * (forward + attention) + hessians + solver
+    return START_SECONDS + operations / _flops()
+
+
+def _flops() -> float:
+    """Float operations a second of this machine's matrix product, timed for a moment."""
+    a = torch.randn(1024, 1024)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return float(2 * math.prod(a.shape) * a.shape[0] / min(times))

@@ -1,0 +1,168 @@
+"""STAGE 3, quantize: GPTQ's second-order solver for one layer, a pure function (arXiv 2210.17323).
+
+Columns are rounded one after the other; each one's rounding error is made up for by the columns that
+are still free, along the inverse Hessian. Its Cholesky factor U (H⁻¹ = UᵀU, upper) already holds the
+rows that the paper's Algorithm 1 would get by updating the inverse after every column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.hessian import LayerStats
+from formats.layer import QuantizedLinear
+from qtool.errors import QuantizeError
+from qtool.grid import Grid, fit_grid
+from qtool.recipe import QuantSpec
+
+BLOCK_SIZE = 64
+"""Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
+MAX_DAMPING_STEPS = 5
+INPUT_SCALE_RANGE = (2.0**-10, 2.0**10)  # well inside fp16, with all of its precision
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A damped Hessian, factored: shared by all linears that read one input."""
+
+    input_scales: Tensor | None  # [in] f32 with fp16 values: what the input is multiplied by before the layer
+    perm: Tensor  # [in] int64: the order in which columns are rounded
+    hinv_chol: Tensor  # [in, in] f32: U with H⁻¹ = UᵀU, rows and columns in the order of perm
+    damped: Tensor  # [in, in] f32: the damped Hessian of the scaled input, in the layer's own order
+    percdamp: float  # what it took to factor it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A quantized layer and what it cost."""
+
+    layer: QuantizedLinear
+    decoded: Tensor  # [out, in] f32: the weight that the file will decode to
+    relative_error: float  # tr(d H dᵀ) / tr(W H Wᵀ): share of the output's energy that is lost
+
+
+def fit_input_scales(weights: Sequence[Tensor], hessian: Tensor) -> Tensor:
+    """Factors [in] f32 with fp16 values that let inputs of one group share a grid at the least cost.
+
+    Stored columns are w_j / t_j. A group's step follows the size of its columns, so its error is about
+    (Σ σ_j² / t_j²) · (Σ H_jj t_j²), σ_j being the column's root mean square over all weights [out, in] that read
+    this input; by Cauchy-Schwarz it is least for t_j² = σ_j / √H_jj. AWQ (arXiv 2306.00978) searches for such
+    factors; here they follow from the Hessian, and GPTQ works on what they leave.
+    """
+    rows = sum(len(weight) for weight in weights)
+    column = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).div_(rows)  # [in] σ²
+    diagonal = hessian.diagonal()
+    scales = (_floored(column).sqrt() / _floored(diagonal).sqrt()).sqrt_()
+    scales /= scales.log().mean().exp()
+    return scales.clamp_(*INPUT_SCALE_RANGE).half().float()
+
+
+def _floored(values: Tensor) -> Tensor:
+    """Values no smaller than a millionth of their mean: an input or column that is all zero has no scale of its own."""
+    mean = values.mean().item()
+    return values.clamp(min=1e-6 * mean if mean else 1.0)
+
+
+def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, name: str) -> Factor:
+    """The factor for the linears with `weights` that read one input, damped until it is positive definite."""
+    hessian = stats.hessian.double()
+    input_scales = fit_input_scales(weights, stats.hessian) if spec.input_scales else None
+    if input_scales is not None:
+        hessian *= input_scales * input_scales[:, None]
+    diagonal = hessian.diagonal().clone()
+    perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
+    mean = diagonal.mean().item()
+    for step in range(MAX_DAMPING_STEPS):
+        percdamp = spec.percdamp * 10**step
+        # A feature that no calibration token activates has a zero row. Its weight cannot change the output on
+        # this data, so its pivot is pinned and it rounds to nearest, which is right for inputs not seen here.
+        hessian.diagonal().copy_(diagonal + percdamp * mean).masked_fill_(diagonal == 0, mean or 1.0)
+        chol, info = torch.linalg.cholesky_ex(hessian[perm][:, perm])
+        if info.item() == 0:
+            hinv_chol, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol), upper=True)
+        if info.item() == 0:
+            return Factor(input_scales, perm, hinv_chol.float(), hessian.float(), percdamp)
+    raise QuantizeError(
+        f"{name}: Hessian not positive definite even with percdamp={percdamp:g} and {stats.n_tokens} tokens; "
+        "use more calibration tokens (--samples, --seq-len) or a larger --percdamp"
+    )
+
+
+def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
+    """GPTQ of weight [out, in] f32: groups are static, fitted before the first column is rounded."""
+    scales = factor.input_scales
+    stored = weight if scales is None else weight / scales
+    group_size = spec.groups_of(weight.shape[1])
+    metric = factor.damped if spec.scale_search else None
+    grid = fit_grid(stored, group_size, spec.bits, symmetric=spec.symmetric, hessian=metric)
+    codes = _round_columns(stored, factor, grid, group_size, spec.bits)
+    return _solution(stored, codes, grid, group_size, spec, factor)
+
+
+def rtn_quantize(weight: Tensor, spec: QuantSpec) -> Solution:
+    """Round to nearest: every weight on its own, no calibration; the error reported is that of the weights."""
+    group_size = spec.groups_of(weight.shape[1])
+    grid = fit_grid(weight, group_size, spec.bits, symmetric=spec.symmetric)
+    groups = torch.arange(weight.shape[1]) // group_size
+    codes = grid.round(weight.T, groups, 2**spec.bits - 1)
+    return _solution(weight, codes, grid, group_size, spec, None)
+
+
+def _round_columns(
+    weight: Tensor, factor: Factor, grid: Grid, group_size: int, bits: int, block_size: int = BLOCK_SIZE
+) -> Tensor:
+    """The codes [in, out] f32 (rows in the layer's own column order) of GPTQ's loop over columns."""
+    free = weight.T[factor.perm].contiguous()  # [in, out]: a column of the paper is a contiguous row here
+    codes = torch.empty_like(free)
+    groups = (factor.perm // group_size).tolist()
+    diagonal = factor.hinv_chol.diagonal().tolist()
+    for start in range(0, len(free), block_size):
+        stop = min(start + block_size, len(free))
+        errors = torch.empty_like(free[start:stop])
+        for j in range(start, stop):
+            codes[j] = grid.round(free[j], groups[j], 2**bits - 1)
+            error = errors[j - start]
+            torch.sub(free[j], grid.decode(codes[j], groups[j]), out=error).div_(diagonal[j])
+            free[j + 1 : stop].addr_(factor.hinv_chol[j, j + 1 : stop], error, alpha=-1)
+        free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors, alpha=-1)
+    ordered = torch.empty_like(codes)
+    ordered[factor.perm] = codes
+    return ordered
+
+
+def _solution(
+    stored: Tensor, codes: Tensor, grid: Grid, group_size: int, spec: QuantSpec, factor: Factor | None
+) -> Solution:
+    """The solution for the weight `stored` [out, in], its input scales divided out, and its codes [in, out]."""
+    groups = torch.arange(len(codes)) // group_size
+    decoded = grid.decode(codes, groups).T.contiguous()
+    error = relative_error(stored, decoded, None if factor is None else factor.damped)
+    scales = None if factor is None else factor.input_scales
+    layer = QuantizedLinear(
+        codes=_numpy(codes, np.uint8),
+        scales=_numpy(grid.scales, np.float16),
+        zeros=None if spec.symmetric else _numpy(grid.zeros, np.uint8),
+        bits=spec.bits,
+        group_size=group_size,
+        input_scales=None if scales is None else scales.numpy().astype(np.float16),
+    )
+    return Solution(layer, decoded if scales is None else decoded * scales, error)
+
+
+def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:
+    """tr(d H dᵀ) / tr(W H Wᵀ) with d = W - decoded; H is the identity when there is none."""
+
+    def energy(w: Tensor) -> float:
+        return float(((w if hessian is None else w @ hessian) * w).sum(dtype=torch.float64))
+
+    return energy(weight - decoded) / max(energy(weight), 1e-30)
+
+
+def _numpy(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:
+    """[rows, out] -> numpy [out, rows], contiguous."""
+    return np.ascontiguousarray(transposed.numpy().T.astype(dtype))

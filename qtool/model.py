@@ -1,0 +1,197 @@
+"""A transformers model run one block at a time: find its blocks and linears, embed, run a block, score.
+
+Nothing here knows an architecture by name. The block list is the ModuleList that holds the most
+linear weights, and everything around it is transformers' own forward: with the blocks made to stop
+or to pass through, it yields their inputs (`embed`) and turns their final output into logits (`logits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from formats.skeleton import build_skeleton, is_linear, set_tensor
+from qtool.checkpoint import Checkpoint, find_tensor
+from qtool.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What the model passes to one block besides the hidden states: the same for every sample of a shape."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Raised by the last block to leave the model's forward; carries the hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class BlockwiseModel:
+    """The model of a checkpoint; only what is inside a `with` block of `materialised` has weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.skeleton: PreTrainedModel = build_skeleton(checkpoint.config)
+        self.block_list, self.blocks = find_blocks(self.skeleton)
+        checkpoint.bind(self.skeleton)
+        self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+
+    # ---- what is where
+
+    def block_name(self, index: int) -> str:
+        return f"{self.block_list}.{index}"
+
+    def tensor_names(self, prefix: str = "") -> list[str]:
+        """Every parameter and stored buffer under `prefix`, tied ones once, in the model's order."""
+        stored = self.skeleton.state_dict().keys()
+        named = [*self.skeleton.named_parameters(), *self.skeleton.named_buffers()]
+        return [name for name, _ in named if name in stored and name.startswith(prefix)]
+
+    def outside_names(self) -> list[str]:
+        """The tensors that belong to no block."""
+        return [n for n in self.tensor_names() if not n.startswith(f"{self.block_list}.")]
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """Name -> module of every linear in block `index`."""
+        name = self.block_name(index)
+        return {f"{name}.{n}": m for n, m in self.blocks[index].named_modules() if is_linear(m)}
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest window the model was built for, or None when its config does not say."""
+        value = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        return int(value) if value else None
+
+    # ---- weights in and out of memory
+
+    @contextmanager
+    def materialised(self, names: list[str]) -> Iterator[None]:
+        """The tensors `names` in float32 inside the `with`; back to meta after it."""
+        self.checkpoint.load(self.skeleton, names)
+        self.skeleton.tie_weights()
+        try:
+            yield
+        finally:
+            for name in names:
+                set_tensor(self.skeleton, name, torch.empty_like(find_tensor(self.skeleton, name), device="meta"))
+            self.skeleton.tie_weights()
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights."""
+        with self.materialised(self.tensor_names(f"{self.block_name(index)}.")):
+            yield self.blocks[index]
+
+    @contextmanager
+    def outside(self, *, head: bool) -> Iterator[None]:
+        """Everything around the blocks; without `head`, not the output embedding unless it is tied."""
+        names = self.outside_names()
+        output = self.skeleton.get_output_embeddings()
+        if not head and output is not None:
+            own = {name for name, p in self.skeleton.named_parameters() if any(p is q for q in output.parameters())}
+            names = [n for n in names if n not in own or self._is_input_embedding(n)]
+        with self.materialised(names):
+            yield
+
+    def _is_input_embedding(self, name: str) -> bool:
+        return any(find_tensor(self.skeleton, name) is p for p in self.skeleton.get_input_embeddings().parameters())
+
+    # ---- running
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input [batch, seq, hidden] of the first block for token ids [batch, seq]; needs `outside`."""
+        calls: list[BlockCall] = []
+        hidden: list[Tensor] = []
+        last = len(self.blocks) - 1
+
+        def record(index: int) -> Callable[..., Tensor]:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                states = args[0] if args else kwargs["hidden_states"]
+                calls.append(BlockCall(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+                if index == 0:
+                    hidden.append(states)
+                if index == last:
+                    raise _Stop(hidden[0])
+                return states  # type: ignore[no-any-return]
+
+            return forward
+
+        with self._patched(record):
+            try:
+                self.skeleton(input_ids=ids, use_cache=False)
+            except _Stop as stop:
+                self._remember_calls((ids.shape[0], ids.shape[1]), calls)
+                return stop.hidden.float()
+        raise CheckpointError(f"{self.checkpoint.name}: its blocks were not all run; architecture not supported")
+
+    def _remember_calls(self, shape: tuple[int, int], calls: list[BlockCall]) -> None:
+        known = self._calls.setdefault(shape, calls)
+        for before, now in zip(known, calls, strict=True):
+            if not _same((before.args, before.kwargs), (now.args, now.kwargs)):
+                raise CheckpointError(
+                    f"{self.checkpoint.name}: its blocks take inputs that differ from sample to sample "
+                    "besides the hidden states; architecture not supported"
+                )
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """The output of block `index`, in memory, for its input [batch, seq, hidden] seen by `embed`."""
+        call = self._calls[hidden.shape[0], hidden.shape[1]][index]
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [batch, seq, vocab] of the last block's output; needs `outside(head=True)`."""
+
+        def replay(index: int) -> Callable[..., Tensor]:
+            return lambda *args, **kwargs: hidden
+
+        with self._patched(replay):
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+            return self.skeleton(input_ids=ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _patched(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+        for index, block in enumerate(self.blocks):
+            block.forward = forward(index)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward  # uncovers the class's own
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the decoder blocks: the ModuleList whose linears hold the most weights."""
+
+    def weights(blocks: nn.ModuleList) -> int:
+        return sum(p.numel() for m in blocks.modules() if is_linear(m) for p in m.parameters(recurse=False))
+
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists or weights(max(lists, key=lambda item: weights(item[1]))[1]) == 0:
+        raise CheckpointError(f"{type(model).__name__}: no list of blocks with linear layers found in the model")
+    return max(lists, key=lambda item: weights(item[1]))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nested call arguments hold equal values."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)

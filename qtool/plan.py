@@ -1,0 +1,100 @@
+"""What will be done with every tensor of a model, before anything is done: the plan that a run carries out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from formats.encoding import Dense, Uniform
+from formats.skeleton import is_linear, is_transposed_linear, split_name
+from qtool.checkpoint import find_tensor
+from qtool.model import BlockwiseModel
+from qtool.recipe import QuantSpec, Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """One tensor: as it will be stored, and why it is left dense if it is."""
+
+    name: str
+    shape: tuple[int, ...]  # as stored: [out, in] for every linear
+    encoding: Dense | Uniform
+    spec: QuantSpec | None  # None: left dense
+    reason: str = ""
+    transposed: bool = False
+    in_block: bool = False
+
+    @property
+    def layer(self) -> str:
+        """The name of the module that holds the tensor."""
+        return split_name(self.name)[0]
+
+    @property
+    def n_parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_block_linear(self) -> bool:
+        """Whether the tensor counts for the bits per weight: a matrix of a block, quantized or not."""
+        return self.in_block and len(self.shape) == 2
+
+
+def plan_tensors(model: BlockwiseModel, recipe: Recipe) -> list[TensorPlan]:
+    """The plan of every tensor in the order of the file: what lies outside the blocks, then block by block."""
+    inside = [name for i in range(len(model.blocks)) for name in model.tensor_names(f"{model.block_name(i)}.")]
+    outside = [_plan_tensor(model, name, recipe, in_block=False) for name in model.outside_names()]
+    return outside + [_plan_tensor(model, name, recipe, in_block=True) for name in inside]
+
+
+def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: bool) -> TensorPlan:
+    owner, leaf = split_name(name)
+    module = model.skeleton.get_submodule(owner)
+    shape = tuple(find_tensor(model.skeleton, name).shape)
+    spec, reason = _spec_for(module, leaf, shape, recipe, in_block, is_head=_is_head(model, name))
+    transposed = spec is not None and is_transposed_linear(module)
+    if transposed:
+        shape = shape[::-1]
+    encoding: Dense | Uniform = Dense(model.checkpoint.stored_dtype(name))
+    if spec is not None:
+        encoding = Uniform(
+            bits=spec.bits,
+            group_size=spec.groups_of(shape[1]),
+            symmetric=spec.symmetric,
+            input_scales=spec.input_scales and spec.method != "rtn",
+        )
+    return TensorPlan(
+        name=name,
+        shape=shape,
+        encoding=encoding,
+        spec=spec,
+        reason=reason,
+        transposed=transposed,
+        in_block=in_block,
+    )
+
+
+def _spec_for(
+    module: nn.Module, leaf: str, shape: tuple[int, ...], recipe: Recipe, in_block: bool, *, is_head: bool
+) -> tuple[QuantSpec | None, str]:
+    """(how to quantize the tensor, or None; why it is left dense, or nothing)."""
+    if len(shape) < 2:
+        return None, "norm, bias or other vector"
+    if leaf == "weight" and in_block and is_linear(module):
+        return recipe.linears, ""
+    if leaf == "weight" and not in_block and (isinstance(module, nn.Embedding) or is_head):
+        is_positional = isinstance(module, nn.Embedding) and not is_head
+        if recipe.embedding_spec is None:
+            return None, "embedding, left by --embeddings 16"
+        return (None, "position table") if is_positional else (recipe.embedding_spec, "")
+    if len(shape) == 3 and in_block:
+        return None, "fused 3-D experts: not supported yet"
+    return None, "not a linear layer of a block" if in_block else "linear layer outside the blocks"
+
+
+def _is_head(model: BlockwiseModel, name: str) -> bool:
+    """Whether `name` is the weight of the token embedding or of the output head."""
+    tensor = find_tensor(model.skeleton, name)
+    ends = (model.skeleton.get_input_embeddings(), model.skeleton.get_output_embeddings())
+    return any(end is not None and tensor is end.weight for end in ends)

@@ -1,0 +1,55 @@
+"""Calibration text that the model writes itself (`--calibration self`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import GenerationConfig
+
+from qtool.model import BlockwiseModel
+
+SAMPLES_PER_BATCH = 8
+
+
+def sample_from(model: BlockwiseModel) -> Callable[[int, int, int], npt.NDArray[np.int64]]:
+    """A sampler (n_samples, seq_len, seed) -> ids [n_samples, seq_len] int64, each beginning with BOS.
+
+    This is the one stage that holds the whole model, in float32: text cannot be written a block at a time.
+    """
+
+    def sample(n_samples: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
+        with model.materialised(model.tensor_names()), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            sizes = [min(SAMPLES_PER_BATCH, n_samples - i) for i in range(0, n_samples, SAMPLES_PER_BATCH)]
+            return np.concatenate([_generate(model, size, seq_len) for size in sizes])
+
+    return sample
+
+
+def _generate(model: BlockwiseModel, n_samples: int, seq_len: int) -> npt.NDArray[np.int64]:
+    start = _start_token(model)
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,  # plain sampling at temperature 1: the model's own distribution
+        min_new_tokens=seq_len - 1,
+        max_new_tokens=seq_len - 1,
+        pad_token_id=start,
+        eos_token_id=None,
+    )
+    prompt = torch.full((n_samples, 1), start)
+    ids = cast(Any, model.skeleton).generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    return ids.numpy().astype(np.int64)  # type: ignore[no-any-return]
+
+
+def _start_token(model: BlockwiseModel) -> int:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(model.config, name, None)
+        if isinstance(token, list):
+            token = token[0] if token else None
+        if token is not None and 0 <= token < model.config.vocab_size:
+            return int(token)
+    return 0

@@ -1,0 +1,21 @@
+"""What a tensor costs in the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from formats.encoding import Encoding, Shape, align
+from formats.header import SECTION_ALIGNMENT
+
+
+def stored_bytes(encoding: Encoding, shape: Shape) -> int:
+    """Bytes of a tensor's section with the padding up to the next one."""
+    return align(encoding.section_bytes(shape), SECTION_ALIGNMENT)
+
+
+def bits_per_weight(tensors: Iterable[tuple[Encoding, Shape]]) -> float:
+    """Bits stored per parameter over all tensors, scales, zeros and padding counted; 0 when there are none."""
+    pairs = list(tensors)
+    n_parameters = sum(math.prod(shape) for _, shape in pairs)
+    return 8 * sum(stored_bytes(*pair) for pair in pairs) / n_parameters if n_parameters else 0.0

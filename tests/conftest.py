@@ -1,0 +1,49 @@
+"""Tiny models, their compressed files and a text: made when first asked for, shared by all tests, only read."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow tiny matrices down
+
+from invoke import qtool
+from tiny import make_model, silence
+
+WORDS = ["the", "of", "and", "in", "is", "it", "with", "for", "was", "that", "from", "not", "be", "one", "what", "when"]
+SMALL = ("--samples", "4", "--seq-len", "64", "--group-size", "16")
+
+
+class TinyFiles:
+    """What the tests start from, below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        rng = random.Random(0)
+        self.text = folder / "text.txt"
+        self.text.write_text(" ".join(rng.choices(WORDS, k=500)) + ".\n", encoding="utf-8")
+        self.model = cache(self._model)
+        self.compressed = cache(self._compressed)
+
+    def compress_options(self, *options: str) -> tuple[str, ...]:
+        """Options of a compress run that takes a fraction of a second; later ones win."""
+        return (*SMALL, "--calibration", str(self.text), *options)
+
+    def _model(self, family: str) -> Path:
+        return make_model(family, self.folder / family)
+
+    def _compressed(self, family: str, *options: str) -> Path:
+        output = self.folder / f"{family}{''.join(options)}.qtm"
+        result = qtool("compress", self.model(family), "-o", output, *self.compress_options(*options))
+        assert result.exit_code == 0, result.output
+        return output
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
+    silence()
+    return TinyFiles(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,85 @@
+"""Small layers and files for the tests of `formats`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from formats.encoding import Dense, encoding_of, pack
+from formats.layer import QuantizedLinear
+from formats.writer import Writer
+
+MEMBERS: dict[str, Any] = {
+    "model": {"model_type": "llama", "architecture": "LlamaForCausalLM", "config": {"vocab_size": 3}},
+    "recipe": {"bits": 4},
+    "provenance": {"tool": "qtool 0.1.0"},
+    "quality": {"perplexity": 5.25},
+}
+
+
+def make_layer(
+    out_features: int = 3,
+    in_features: int = 11,
+    bits: int = 3,
+    group_size: int = 4,
+    symmetric: bool = False,
+    scaled: bool = False,
+) -> QuantizedLinear:
+    """A layer that is a function of its arguments alone: no random generator whose stream could change."""
+    n_groups = -(-in_features // group_size)
+    codes = np.arange(out_features * in_features, dtype=np.int64).reshape(out_features, in_features)
+    groups = np.arange(out_features * n_groups, dtype=np.int64).reshape(out_features, n_groups)
+    return QuantizedLinear(
+        codes=(7 * codes % (1 << bits)).astype(np.uint8),
+        scales=((groups % 13 + 1) / 64).astype(np.float16),
+        zeros=None if symmetric else (5 * groups % (1 << bits)).astype(np.uint8),
+        bits=bits,
+        group_size=group_size,
+        input_scales=((np.arange(in_features) % 7 + 3) / 8).astype(np.float16) if scaled else None,
+    )
+
+
+def same_layer(a: QuantizedLinear, b: QuantizedLinear) -> bool:
+    """Bit for bit: the sign of a zero scale counts."""
+    zeros = (a.zeros is None and b.zeros is None) or (
+        a.zeros is not None and b.zeros is not None and np.array_equal(a.zeros, b.zeros)
+    )
+    arrays = np.array_equal(a.codes, b.codes) and a.scales.tobytes() == b.scales.tobytes()
+    scaled = (a.input_scales is None and b.input_scales is None) or np.array_equal(a.input_scales, b.input_scales)
+    return arrays and zeros and scaled and (a.bits, a.group_size) == (b.bits, b.group_size)
+
+
+def write_tiny(path: str | os.PathLike[str]) -> bytes:
+    """The smallest file that has everything: a 3-bit layer with a short last group, a vector, a file."""
+    layer = make_layer()
+    with Writer(path) as writer:
+        writer.add_tensor("w", (3, 11), encoding_of(layer), pack(layer), relative_error=0.25)
+        writer.add_tensor("norm", (3,), Dense("F16"), np.array([1, 2, 3], np.float16))
+        writer.add_file("t.json", b"{}")
+        writer.finish(model={}, recipe={}, provenance={}, quality={})
+    return Path(path).read_bytes()
+
+
+def write_golden(path: str | os.PathLike[str]) -> bytes:
+    """Every encoding and option of version 1.0."""
+    with Writer(path) as writer:
+        for bits in range(2, 9):
+            layer = make_layer(5, 70, bits, group_size=32, symmetric=bits % 2 == 0, scaled=bits in (3, 4))
+            writer.add_tensor(
+                f"blocks.{bits}.weight",
+                (5, 70),
+                encoding_of(layer),
+                pack(layer),
+                transposed=bits == 8,
+                relative_error=bits / 64,
+            )
+        writer.add_file("tokenizer.json", '{"é":1}'.encode())
+        values = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+        writer.add_tensor("norm", (2, 3, 2), Dense("F32"), values)
+        writer.add_tensor("embed", (6, 2), Dense("F16"), (row for row in values.astype(np.float16)))
+        writer.add_tensor("bias", (12,), Dense("BF16"), (values.view(np.uint32) >> 16).astype(np.uint16))
+        writer.add_tensor("scalar", (), Dense("F32"), np.float32(0.5).tobytes())
+        writer.add_file("empty.txt", b"")
+        writer.finish(**MEMBERS)
+    return Path(path).read_bytes()

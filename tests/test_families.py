@@ -1,0 +1,172 @@
+"""Every supported family through compress, load, generate, eval and export."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from invoke import qtool, qtool_json
+from tiny import EXPERTS, FAMILIES, load_reference
+
+import qtool as api
+from formats.encoding import Uniform
+from formats.reader import QtmFile
+from qtool.checkpoint import open_checkpoint
+from qtool.model import BlockwiseModel
+from qtool.numerics import exact_float32
+from qtool.plan import plan_tensors
+from qtool.recipe import QuantSpec, Recipe
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(params=[*FAMILIES, *EXPERTS])
+def family(request):
+    return request.param
+
+
+def blockwise_logits(model, ids):
+    """As `qtool eval` gets them: a block at a time."""
+    blockwise = BlockwiseModel(open_checkpoint(str(model)))
+    with exact_float32():
+        with blockwise.outside(head=False):
+            hidden = blockwise.embed(ids)
+        for index in range(len(blockwise.blocks)):
+            with blockwise.block(index):
+                hidden = blockwise.run(index, hidden)
+        with blockwise.outside(head=True):
+            return blockwise.logits(hidden)
+
+
+def some_ids(batch=1):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch, 48)))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_blockwise_logits_equal_transformers(tiny_files, family, batch):
+    folder, ids = tiny_files.model(family), some_ids(batch)
+    with exact_float32():
+        want = load_reference(folder)(ids).logits
+    torch.testing.assert_close(blockwise_logits(folder, ids), want, rtol=0, atol=1e-5)
+
+
+def test_load_equals_eval_and_the_exported_folder(tiny_files, family, tmp_path):
+    file, ids = tiny_files.compressed(family), some_ids(batch=2)
+    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    with exact_float32():
+        loaded = api.load(file)(ids).logits
+        exported = load_reference(tmp_path / "dense")(ids).logits
+    torch.testing.assert_close(loaded, blockwise_logits(file, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded, exported, rtol=0, atol=1e-5)
+
+
+def test_4_bits_change_the_logits_and_8_bits_hardly(tiny_files, family):
+    ids = some_ids()
+    original = blockwise_logits(tiny_files.model(family), ids)
+    errors = []
+    for bits in ("4", "8"):
+        difference = blockwise_logits(tiny_files.compressed(family, "--bits", bits), ids) - original
+        errors.append((difference.norm() / original.norm()).item())
+    assert errors[0] > 4 * errors[1] > 0
+
+
+def test_perplexity_at_8_bits_is_within_one_percent(tiny_files, family):
+    file = tiny_files.compressed(family, "--bits", "8")
+    options = ("--data", tiny_files.text, "--seq-len", 64)
+    result = qtool_json("eval", "perplexity", file, "--baseline", tiny_files.model(family), *options)
+    assert result["perplexity"] == pytest.approx(result["baseline_perplexity"], rel=0.01)
+    assert 0 < result["kl_mean"] < 0.05
+    assert result["same_top"] > 0.9
+
+
+def test_generate_gives_as_many_tokens_as_asked_for(tiny_files, family):
+    file = tiny_files.compressed(family)
+    model, tokenizer = api.load(file), api.load_tokenizer(file)
+    prompt = tokenizer("the one", return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    assert ids.shape == (1, prompt["input_ids"].shape[1] + NEW_TOKENS)
+
+    ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    continuation = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    said = qtool_json("generate", file, "--prompt", "the one", "--max-new-tokens", NEW_TOKENS)
+    assert said == {"prompt": "the one", "text": continuation}
+
+
+def test_generate_is_the_decoded_models_own(tiny_files, family, tmp_path):
+    """The packed weights with a key-value cache, against the exported ones without."""
+    file = tiny_files.compressed(family)
+    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    ids = some_ids()[:, :20]
+    packed = api.load(file).generate(ids, attention_mask=torch.ones_like(ids), **options)
+    plain = load_reference(tmp_path / "dense").generate(
+        ids, attention_mask=torch.ones_like(ids), use_cache=False, **options
+    )
+    assert packed.tolist() == plain.tolist()
+
+
+def test_every_parameter_is_quantized_or_left_dense_for_a_reason(tiny_files, family):
+    folder = tiny_files.model(family)
+    model = BlockwiseModel(open_checkpoint(str(folder)))
+    plan = plan_tensors(model, Recipe(linears=QuantSpec(group_size=16)))
+    reference = load_reference(folder)
+    assert sorted(t.name for t in plan) == sorted(name for name, _ in reference.named_parameters())
+    assert sum(t.n_parameters for t in plan) == sum(p.numel() for p in reference.parameters())
+    for tensor in plan:
+        assert (tensor.spec is None) == bool(tensor.reason), tensor.name
+    linears = {f"{n}.weight" for i in range(len(model.blocks)) for n in model.linears(i)}
+    assert linears <= {t.name for t in plan if t.spec is not None}
+    assert len(linears) >= 3 * len(model.blocks)
+
+
+def test_the_file_holds_what_was_planned(tiny_files, family):
+    model = BlockwiseModel(open_checkpoint(str(tiny_files.model(family))))
+    plan = plan_tensors(model, Recipe(linears=QuantSpec(group_size=16)))
+    with QtmFile.open(tiny_files.compressed(family)) as file:
+        assert list(file.tensors) == [t.name for t in plan]
+        for tensor in plan:
+            entry = file.tensors[tensor.name]
+            assert (entry.shape, entry.transposed) == (tensor.shape, tensor.transposed)
+            assert isinstance(entry.encoding, Uniform) == (tensor.spec is not None)
+
+
+def test_what_is_tied_is_stored_once(tiny_files):
+    with QtmFile.open(tiny_files.compressed("llama")) as file:
+        assert "model.embed_tokens.weight" in file.tensors
+        assert "lm_head.weight" not in file.tensors
+    with QtmFile.open(tiny_files.compressed("mistral")) as file:
+        assert {"model.embed_tokens.weight", "lm_head.weight"} <= file.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "dense"),
+    [
+        ("qwen2", {"model.layers.0.self_attn.q_proj.bias": "norm, bias or other vector"}),
+        ("qwen3", {"model.layers.0.self_attn.q_norm.weight": "norm, bias or other vector"}),
+        ("gpt2", {"transformer.wpe.weight": "position table", "transformer.h.0.mlp.c_fc.bias": None}),
+        ("opt", {"model.decoder.embed_positions.weight": "position table",
+                 "model.decoder.project_in.weight": "linear layer outside the blocks"}),
+        ("mixtral", {"model.layers.0.mlp.experts.gate_up_proj": "fused 3-D experts: not supported yet",
+                     "model.layers.0.mlp.experts.down_proj": "fused 3-D experts: not supported yet"}),
+    ],
+)  # fmt: skip
+def test_what_is_left_dense_is_listed_with_its_reason(tiny_files, family, dense):
+    options = tiny_files.compress_options("--dry-run")
+    listed = qtool_json("compress", tiny_files.model(family), *options)["left_dense"]
+    reasons = {row["name"]: row["reason"] for row in listed}
+    for name, reason in dense.items():
+        assert reasons[name] == (reason or reasons[name])
+    assert all(reasons.values())
+    found = qtool_json("inspect", tiny_files.compressed(family))
+    assert {t["name"] for t in found["tensors"] if t["encoding"] == "dense"} == reasons.keys()
+
+
+def test_exported_experts_have_their_published_names(tiny_files, tmp_path):
+    """transformers fuses experts when it loads them; on disk every expert has its own tensors."""
+    file = tiny_files.compressed("mixtral")
+    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "dense" / "model.safetensors", framework="pt") as stored:
+        assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in stored.keys()  # noqa: SIM118
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "float32"

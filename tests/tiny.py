@@ -1,0 +1,82 @@
+"""Tiny random models of every supported family, with a byte-level tokenizer: no downloads, no text files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 260
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+TOKENS = {key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "tie_word_embeddings": True},
+    "mistral": {**SIZES, "sliding_window": 16},
+    "qwen2": SIZES,  # biases on q, k and v
+    "qwen3": {**SIZES, "head_dim": 8},  # q and k norms
+    "gemma2": {**SIZES, "head_dim": 8, "sliding_window": 16},  # scaled, tied embedding; soft caps; two masks
+    "phi3": SIZES,  # fused qkv and gate_up
+    "opt": {
+        **TOKENS,
+        "hidden_size": 32,
+        "ffn_dim": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 16,  # linears outside the blocks
+    },
+    "gpt2": {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},  # Conv1D
+    "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
+}
+EXPERTS = {"mixtral": {**SIZES, "num_local_experts": 4}}  # fused 3-D expert tensors
+
+
+def make_model(family: str, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+    """A random model of `family` saved to `folder` with its tokenizer; `save` goes to save_pretrained."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(FAMILIES | EXPERTS)[family])
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)  # wide enough that its predictions depend on the text
+    model.to(dtype).save_pretrained(folder, **save)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token a byte, and the special tokens of SIZES."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def load_reference(folder: Path) -> PreTrainedModel:
+    """The model as transformers itself loads it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def silence() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
