@@ -68,8 +68,8 @@ def hessian_seconds(model: PreTrainedModel) -> float:
 def peak_of_depth(folder: Path, tokenizer_of: Path, depth: int, calibration: Path) -> float:
     """Peak resident bytes of compressing a generated Llama of `depth` equal blocks."""
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=512, intermediate_size=1408, num_hidden_layers=depth,
-        num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True,
+        vocab_size=49152, hidden_size=256, intermediate_size=704, num_hidden_layers=depth,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)

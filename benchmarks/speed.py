@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.tools import parser, print_table, qtool
 from formats.encoding import Uniform
-from formats.kernels.cpu import decode_uniform
+from formats.kernels.cpu import decode_uniform, unpack_zeros
 from formats.loader import section_parts
 from formats.reader import QtmFile
 
@@ -51,10 +51,11 @@ def decode_rows(path: Path) -> list[tuple[str, str, str]]:
                 continue
             seen.add(entry.shape)
             parts, n, encoding = section_parts(file, entry), entry.shape[1], entry.encoding
-            weight = decode_uniform(parts, n, encoding)
+            weight = decode_uniform(parts, unpack_zeros(parts, encoding), n, encoding)
             target = torch.empty_like(weight)
             decode, copy = paired_medians(
-                lambda p=parts, n=n, e=encoding: decode_uniform(p, n, e), lambda t=target, w=weight: t.copy_(w)
+                lambda p=parts, n=n, e=encoding: decode_uniform(p, unpack_zeros(p, e), n, e),
+                lambda t=target, w=weight: t.copy_(w),
             )
             shape = "x".join(map(str, entry.shape))
             rows.append(

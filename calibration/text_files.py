@@ -71,8 +71,8 @@ def _documents_of(file: Path, text_field: str, max_characters: int | None) -> It
 
 
 def _read_txt(file: Path, max_characters: int | None) -> str:
-    # newline="": line ends are part of the text, and of its checksum. A byte order mark is not.
-    with file.open(encoding="utf-8-sig", newline="") as handle:
+    # Line ends become \n and a byte order mark is dropped: a file that went through Windows gives the same tokens.
+    with file.open(encoding="utf-8-sig") as handle:
         return handle.read(-1 if max_characters is None else max_characters + 1)
 
 

@@ -124,7 +124,7 @@ class Uniform(Encoding):
         parts = self._plane_shapes("codes", out_features, in_features)
         parts.append(("scales", "<f2", (out_features, n_groups)))
         if not self.symmetric:
-            parts += self._plane_shapes("zeros", out_features, n_groups)
+            parts += self._plane_shapes("zeros", 1, out_features * n_groups)
         return [*parts, ("input_scales", "<f2", (in_features,))] if self.input_scales else parts
 
     def plane_names(self, field: str) -> list[str]:
@@ -193,7 +193,8 @@ def pack(layer: QuantizedLinear) -> bytes:
     values: dict[str, npt.NDArray[Any]] = {"scales": layer.scales}
     values |= zip(encoding.plane_names("codes"), pack_codes(layer.codes, layer.bits), strict=True)
     if layer.zeros is not None:
-        values |= zip(encoding.plane_names("zeros"), pack_codes(layer.zeros, layer.bits), strict=True)
+        zeros = layer.zeros.reshape(1, -1)  # as one row: a row of G zeros alone would be padded to a word
+        values |= zip(encoding.plane_names("zeros"), pack_codes(zeros, layer.bits), strict=True)
     if layer.input_scales is not None:
         values["input_scales"] = layer.input_scales
     shape = (layer.out_features, layer.in_features)
@@ -214,7 +215,7 @@ def unpack(data: Data, shape: Shape, encoding: Uniform) -> QuantizedLinear:
     return QuantizedLinear(
         codes=integers("codes", shape[1]),
         scales=scales,
-        zeros=None if encoding.symmetric else integers("zeros", scales.shape[1]),
+        zeros=None if encoding.symmetric else integers("zeros", scales.size).reshape(scales.shape),
         bits=encoding.bits,
         group_size=encoding.group_size,
         input_scales=arrays["input_scales"].astype(np.float16) if encoding.input_scales else None,
@@ -247,7 +248,7 @@ def _check_uniform(arrays: Mapping[str, npt.NDArray[Any]], shape: Shape, encodin
     inputs = arrays.get("input_scales", np.ones(1, np.float16))
     if not (np.isfinite(inputs) & (inputs > 0)).all():
         raise FormatError("an input scale is NaN, infinite or not above 0 (SPEC 7.6)")
-    lengths = {"codes": shape[1]} | ({} if encoding.symmetric else {"zeros": arrays["scales"].shape[1]})
+    lengths = {"codes": shape[1]} | ({} if encoding.symmetric else {"zeros": arrays["scales"].size})
     for field, n in lengths.items():
         for name, width in zip(encoding.plane_names(field), plane_widths(encoding.bits), strict=True):
             if has_unused_bits(arrays[name], width, n):

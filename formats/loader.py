@@ -17,13 +17,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from formats.encoding import Dense, Uniform, part_arrays
 from formats.errors import FormatError
 from formats.header import TensorEntry
-from formats.kernels.cpu import decode_uniform
+from formats.kernels.cpu import decode_uniform, unpack_zeros
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, config_from_dict, is_linear, set_tensor, split_name
 
 GENERATION_CONFIG = "generation_config.json"
-MAX_DECODED_ELEMENTS = 1 << 22
-"""Weights decoded at a time (16 MB as float32): a head of 50,000 rows never stands in memory whole."""
+MAX_DECODED_ELEMENTS = 1 << 20
+"""Weights decoded at a time (4 MB as float32): the temporaries stay in the cache, and a head never stands whole."""
 
 
 def load(path: str | os.PathLike[str], *, check: bool = True) -> PreTrainedModel:
@@ -61,7 +61,7 @@ def decode_tensor(file: QtmFile, entry: TensorEntry) -> Tensor:
     """The values [shape] f32 of a stored tensor, in the model's own orientation; a copy."""
     if isinstance(entry.encoding, Uniform):
         parts = section_parts(file, entry)
-        weight = decode_uniform(parts, entry.shape[1], entry.encoding)
+        weight = decode_uniform(parts, unpack_zeros(parts, entry.encoding), entry.shape[1], entry.encoding)
         if entry.encoding.input_scales:
             weight *= parts["input_scales"].float()
     else:
@@ -93,7 +93,8 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def _register_parts(self, parts: Mapping[str, Tensor]) -> None:
-        by_row = {name: part for name, part in parts.items() if name != "input_scales"}
+        by_row = {name: part for name, part in parts.items() if name.startswith(("codes", "scales"))}
+        by_row["zeros"] = unpack_zeros(parts, self.encoding)  # their packing has no rows to take a stripe of
         self._part_names = {name: name.replace(".", "_") for name in by_row}  # a buffer's name has no dot
         for name, part in by_row.items():
             self.register_buffer(self._part_names[name], part, persistent=False)
@@ -102,7 +103,7 @@ class QuantLinear(nn.Module):
     def rows(self, index: slice | Tensor) -> Tensor:
         """The decoded rows [n, in] f32 of the weight, input scales not applied."""
         parts = {name: getattr(self, buffer)[index] for name, buffer in self._part_names.items()}
-        return decode_uniform(parts, self.in_features, self.encoding)
+        return decode_uniform(parts, parts["zeros"], self.in_features, self.encoding)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scales is not None:

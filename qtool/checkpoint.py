@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from formats.encoding import DENSE_DTYPES
+from formats.errors import error_context
 from formats.skeleton import config_from_dict, split_name
 from qtool.errors import CheckpointError
 
@@ -65,14 +66,25 @@ class Checkpoint(ABC):
 
     def load(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Assign the parameters `names` of `model` in float32, checked to be present and finite."""
-        wanted = set(names)
-        self._read(model, wanted)
-        for name in sorted(wanted):
+        expected = {name: find_tensor(model, name).shape for name in names}
+        self._read(model, set(expected))
+        for name, shape in sorted(expected.items()):
             tensor = find_tensor(model, name)
+            if tensor.shape != shape:
+                raise CheckpointError(_wrong_shape(self.name, name, tensor.shape, shape))
             if tensor.is_meta:
-                raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights")
+                raise CheckpointError(
+                    f"{self.name}: tensor {name} is missing from the weights; download the model again"
+                )
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{self.name}: weight {name} has NaN or infinite values; the model is broken")
+
+
+def _wrong_shape(checkpoint: str, name: str, stored: Iterable[int], expected: Iterable[int]) -> str:
+    return (
+        f"{checkpoint}: tensor {name} has shape {list(stored)}, the model's config implies {list(expected)}; "
+        "the two are not of one model"
+    )
 
 
 def find_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
@@ -126,7 +138,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder
         self.name = name or str(folder)
-        self.config = config_from_dict(self._config_values())
+        with error_context(self.name):
+            self.config = config_from_dict(self._config_values())
         self._shard_of = self._index()
         self._sources: dict[str, list[str]] = {}
         self._conversions: list[Any] = []
@@ -134,7 +147,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def stored_dtype(self, name: str) -> str:
         key = next(iter(self._sources.get(name, [])), None)
         if key is None:
-            raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights")
+            raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights; download the model again")
         with self._open(self._shard_of[key]) as shard:
             dtype = str(shard.get_slice(key).get_dtype())
         return dtype if dtype in DENSE_DTYPES else "F32"
@@ -142,31 +155,35 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _config_values(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{self.name}: not a model folder (no config.json in it)")
+            raise CheckpointError(f"{self.name}: not a model folder (no config.json in it); give the one that has it")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-        if "quantization_config" in values:
-            method = values["quantization_config"].get("quant_method", "unknown")
+            raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: not a JSON object but a {type(values).__name__}; download it again")
+        if (quantization := values.get("quantization_config")) is not None:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise CheckpointError(f"{self.name}: already quantized ({method}); give the original model")
-        return dict(values)
+        return values
 
     def _index(self) -> dict[str, str]:
         """Stored tensor name -> shard file name."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
+                shard_of = {
+                    str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+                }
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{index}: not a safetensors index ({error!r}); download it again") from error
             for shard in sorted(set(shard_of.values())):
                 if Path(shard).name != shard or not (self.folder / shard).is_file():
-                    raise CheckpointError(f"{self.name}: shard {shard} named in {index.name} is missing")
+                    raise CheckpointError(f"{self.name}: shard {shard} named in {index.name} is missing; download it")
             return shard_of
         if not (self.folder / "model.safetensors").is_file():
             hint = (
-                " (its *.bin files are pickles; convert them to safetensors)" if any(self.folder.glob("*.bin")) else ""
+                "; its *.bin files are pickles, convert them to safetensors" if any(self.folder.glob("*.bin")) else ""
             )
             raise CheckpointError(f"{self.name}: no model.safetensors and no index of shards in it{hint}")
         with self._open("model.safetensors") as shard_file:
@@ -176,7 +193,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         try:
             return safe_open(self.folder / shard, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / shard}: truncated or not a safetensors file ({error})") from error
+            raise CheckpointError(
+                f"{self.folder / shard}: truncated or not a safetensors file ({error}); download it again"
+            ) from error
 
     def bind(self, model: PreTrainedModel) -> None:
         self._conversions = get_model_conversion_mapping(model)
@@ -203,9 +222,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             except (SafetensorError, OSError, RuntimeError) as error:
                 raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error
         for name, stored, expected in sorted(info.mismatched_keys):
-            raise CheckpointError(
-                f"{self.name}: tensor {name} has shape {list(stored)}, config.json implies {list(expected)}"
-            )
+            raise CheckpointError(_wrong_shape(self.name, name, stored, expected))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer_folder(self.folder, self.name)
@@ -223,7 +240,9 @@ def load_tokenizer_folder(folder: Path, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved in `folder`; no code of its own is ever run."""
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
     if not any((folder / file).is_file() for file in known):
-        raise CheckpointError(f"{name}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json)")
+        raise CheckpointError(
+            f"{name}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json); copy the model's own there"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
+from formats.errors import error_context
 from formats.skeleton import config_from_dict, set_tensor
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointError
@@ -40,9 +41,12 @@ class GgufCheckpoint(Checkpoint):
             self._reader = GGUFReader(path)
             parsed = load_gguf_checkpoint(str(path), return_tensors=False)
         except (ValueError, KeyError, IndexError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or not a GGUF file that can be read ({error})") from error
+            raise CheckpointError(
+                f"{path}: truncated or not a GGUF file that can be read ({error}); download it again"
+            ) from error
         self._parsed = parsed
-        self.config = config_from_dict(parsed["config"])
+        with error_context(self.name):
+            self.config = config_from_dict(parsed["config"])
         self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
         architecture = bytes(self._reader.fields["general.architecture"].parts[-1]).decode()
         processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)

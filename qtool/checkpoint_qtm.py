@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from formats.encoding import Dense
+from formats.errors import error_context
 from formats.loader import GENERATION_CONFIG, decode_tensor, load_tokenizer
 from formats.reader import QtmFile
 from formats.skeleton import config_from_dict, set_tensor
@@ -21,7 +22,8 @@ class QtmCheckpoint(Checkpoint):
         self.path = path
         self.name = str(path)
         self.file = QtmFile.open(path)
-        self.config = config_from_dict(dict(self.file.header.model["config"]))
+        with error_context(self.name):
+            self.config = config_from_dict(dict(self.file.header.model["config"]))
 
     def bind(self, model: PreTrainedModel) -> None:
         """Nothing to learn: tensors are stored under the model's own names."""

@@ -36,8 +36,8 @@ class _Group(click.Group):
 
 def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"{where}no space left on the disk; nothing was left behind, free some and run again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{where}{error.strerror}; nothing was left behind, make room and run again"
     return f"{where}{error.strerror or error}"
 
 
@@ -131,7 +131,11 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def verify(file: Path, as_json: bool) -> None:
-    """Check every byte of FILE against its checksums and the format's rules."""
+    """Check every byte of FILE against its checksums and the format's rules.
+
+    \b
+    qtool verify model.qtm
+    """
     from formats.reader import verify as verify_file
 
     report = verify_file(file)

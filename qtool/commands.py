@@ -46,10 +46,16 @@ def run_compress(
     """Compress and describe the file that came of it."""
     if output.exists() and not force:
         raise ConfigError(f"{output}: exists already; give another --output or --force")
+    if output.is_dir():
+        raise ConfigError(f"{output}: is a folder; give the name of a file")
     if not output.parent.is_dir():
-        raise ConfigError(f"{output}: its folder does not exist")
-    with quiet_transformers():
-        report = compress(open_checkpoint(model), output, recipe, overwrite=force, warn=warn)
+        raise ConfigError(f"{output}: its folder does not exist; make it first")
+    try:
+        with quiet_transformers():
+            report = compress(open_checkpoint(model), output, recipe, overwrite=force, warn=warn)
+    except OSError as error:
+        error.filename = error.filename or str(output)  # a write that fails does not say where
+        raise
     found = inspect_file(output)
     return {
         "file": str(output),
@@ -123,8 +129,7 @@ def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: f
         torch.manual_seed(seed)
         tokenizer, model = load_tokenizer(file), load(file)
         inputs = tokenizer(prompt, return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:
-            raise ConfigError("--prompt: has no tokens in it")
+        _check_length(inputs["input_ids"].shape[1], max_new_tokens, model.config)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         ids = model.generate(  # type: ignore[operator]
             inputs["input_ids"],
@@ -136,9 +141,24 @@ def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: f
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
+def _check_length(n_prompt: int, n_new: int, config: Any) -> None:
+    if n_prompt == 0:
+        raise ConfigError("--prompt: has no tokens in it; give some text")
+    context = getattr(config, "max_position_embeddings", None)
+    if context and n_prompt + n_new > context:
+        raise ConfigError(
+            f"--max-new-tokens {n_new}: with the {n_prompt} tokens of the prompt that is more than "
+            f"the model's context of {context}"
+        )
+
+
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent that started us, whose peak outlives exec
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * 1024
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

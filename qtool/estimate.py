@@ -14,7 +14,9 @@ from qtool.plan import TensorPlan, plan_tensors
 from qtool.recipe import Recipe
 from qtool.sizes import bits_per_weight, stored_bytes
 
-HEADER_BYTES_PER_TENSOR = 300  # one entry of the header: name, place, SHA-256, encoding
+HEADER_BYTES = 2500  # config, recipe, provenance and the entries of the tokenizer's files
+ENTRY_BYTES = 160  # one tensor in the header besides its name: shape, place, SHA-256
+QUANTIZED_ENTRY_BYTES = 250  # the same with bits, group size and error
 START_SECONDS = 8.0  # imports, tokenizer, reading and tokenizing the text
 INTERPRETER_BYTES = 450_000_000  # Python with torch and transformers imported
 SOLVER_PASSES = 60  # float operations per weight and column of the solver and the scale search, in 2 * in units
@@ -27,7 +29,7 @@ def estimate_run(model: BlockwiseModel, recipe: Recipe) -> dict[str, Any]:
     parameters = sum(t.n_parameters for t in plan)
     files = sum(len(data) for data in save_tokenizer(model.checkpoint).values())
     return {
-        "file_bytes": sum(stored_bytes(t.encoding, t.shape) + HEADER_BYTES_PER_TENSOR for t in plan) + files,
+        "file_bytes": sum(stored_bytes(t.encoding, t.shape) + _entry_bytes(t) for t in plan) + HEADER_BYTES + files,
         "parameters": parameters,
         "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
         "quantized_share": quantized / parameters,
@@ -35,6 +37,10 @@ def estimate_run(model: BlockwiseModel, recipe: Recipe) -> dict[str, Any]:
         "seconds": _seconds(model, plan, recipe),
         "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
     }
+
+
+def _entry_bytes(tensor: TensorPlan) -> int:
+    return len(tensor.name) + (ENTRY_BYTES if tensor.spec is None else QUANTIZED_ENTRY_BYTES)
 
 
 def _blocks(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from calibration.corpus import evaluation_windows, read_text, tokenize
 from qtool.checkpoint import Checkpoint
-from qtool.errors import ConfigError
+from qtool.errors import ConfigError, QuantizeError
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
 
@@ -120,9 +120,16 @@ def _run_blocks(model: BlockwiseModel, batches: tuple[Tensor, ...], bar: Any) ->
         hidden = [model.embed(ids) for ids in batches]
     for index in range(len(model.blocks)):
         with model.block(index):
-            hidden = [model.run(index, states) for states in hidden]
+            hidden = [_finite(model.run(index, states), model, model.block_name(index)) for states in hidden]
         bar.update()
     return hidden
+
+
+def _finite(values: Tensor, model: BlockwiseModel, name: str) -> Tensor:
+    """`values`, the output of `name`; NaN or infinity anywhere in it would make every figure meaningless."""
+    if not torch.isfinite(values).all():
+        raise QuantizeError(f"{model.checkpoint.name}: {name}: NaN or infinite activations; the model overflows")
+    return values
 
 
 def _spans(batch: Tensor, vocab_size: int) -> Iterator[slice]:
@@ -134,7 +141,7 @@ def _spans(batch: Tensor, vocab_size: int) -> Iterator[slice]:
 
 
 def _log_probs(model: BlockwiseModel, hidden: Tensor) -> Tensor:
-    return torch.log_softmax(model.logits(hidden), dim=-1)  # [batch, span, vocab]
+    return torch.log_softmax(_finite(model.logits(hidden), model, "the output head"), dim=-1)  # [batch, span, vocab]
 
 
 def _compare(logs: list[Tensor], targets: Tensor) -> dict[str, Tensor]:

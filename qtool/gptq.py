@@ -46,51 +46,64 @@ class Solution:
     relative_error: float  # tr(d H dᵀ) / tr(W H Wᵀ): share of the output's energy that is lost
 
 
-def fit_input_scales(weights: Sequence[Tensor], hessian: Tensor) -> Tensor:
-    """Factors [in] f32 with fp16 values that let inputs of one group share a grid at the least cost.
+def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, name: str) -> Factor:
+    """The factor for the linears with `weights` that read one input, damped until it is positive definite."""
+    for step in range(MAX_DAMPING_STEPS):
+        percdamp = spec.percdamp * 10**step
+        try:
+            return _factorize(stats.hessian.double(), weights, spec, percdamp)
+        except torch.linalg.LinAlgError:
+            continue
+    raise QuantizeError(
+        f"{name}: Hessian not positive definite even with percdamp={percdamp:g} and {stats.n_tokens} tokens; "
+        "use more calibration tokens (--samples, --seq-len) or a larger --percdamp"
+    )
 
-    Stored columns are w_j / t_j. A group's step follows the size of its columns, so its error is about
-    (Σ σ_j² / t_j²) · (Σ H_jj t_j²), σ_j being the column's root mean square over all weights [out, in] that read
-    this input; by Cauchy-Schwarz it is least for t_j² = σ_j / √H_jj. AWQ (arXiv 2306.00978) searches for such
-    factors; here they follow from the Hessian, and GPTQ works on what they leave.
+
+def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, percdamp: float) -> Factor:
+    input_scales = None
+    if spec.input_scales:
+        _, inverse = _damped_inverse(hessian, percdamp)
+        input_scales = fit_input_scales(weights, 1 / inverse.diagonal())
+        hessian = hessian * input_scales * input_scales[:, None]
+    diagonal = hessian.diagonal()
+    perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
+    damped, inverse = _damped_inverse(hessian, percdamp)
+    hinv_chol = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
+    return Factor(input_scales, perm, hinv_chol.float(), damped.float(), percdamp)
+
+
+def _damped_inverse(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
+    """(H + λ I, its inverse), λ = percdamp · mean of the diagonal, all [in, in] f64; LinAlgError if indefinite."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().item()
+    damped = hessian.clone()
+    # A feature that no calibration token activates has a zero row. Its weight cannot change the output on
+    # this data, so its pivot is pinned and it rounds to nearest, which is right for inputs not seen here.
+    damped.diagonal().add_(percdamp * mean).masked_fill_(diagonal == 0, mean or 1.0)
+    return damped, torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+def fit_input_scales(weights: Sequence[Tensor], cost: Tensor) -> Tensor:
+    """Factors t [in] f32 with fp16 values that let inputs of one group share a grid at the least cost.
+
+    Stored columns are w_j / t_j. A group's step follows the size of its columns, so what its error costs is about
+    (Σ σ_j² / t_j²) · (Σ c_j t_j²), where σ_j is the root mean square of column j over all weights [out, in] that
+    read this input, and `cost` c_j = 1 / [H⁻¹]_jj is what an error in column j costs once the others have made up
+    for it (as in OBS). By Cauchy-Schwarz it is least for t_j² = σ_j / √c_j. AWQ (arXiv 2306.00978) searches for
+    such factors by trial; here they follow from the Hessian, and GPTQ works on what they leave.
     """
     rows = sum(len(weight) for weight in weights)
     column = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).div_(rows)  # [in] σ²
-    diagonal = hessian.diagonal()
-    scales = (_floored(column).sqrt() / _floored(diagonal).sqrt()).sqrt_()
+    scales = (_floored(column).double() / _floored(cost)).sqrt_().sqrt_()
     scales /= scales.log().mean().exp()
     return scales.clamp_(*INPUT_SCALE_RANGE).half().float()
 
 
 def _floored(values: Tensor) -> Tensor:
-    """Values no smaller than a millionth of their mean: an input or column that is all zero has no scale of its own."""
+    """No value below a millionth of the mean: an input or column that is all zero has no scale of its own."""
     mean = values.mean().item()
     return values.clamp(min=1e-6 * mean if mean else 1.0)
-
-
-def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, name: str) -> Factor:
-    """The factor for the linears with `weights` that read one input, damped until it is positive definite."""
-    hessian = stats.hessian.double()
-    input_scales = fit_input_scales(weights, stats.hessian) if spec.input_scales else None
-    if input_scales is not None:
-        hessian *= input_scales * input_scales[:, None]
-    diagonal = hessian.diagonal().clone()
-    perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
-    mean = diagonal.mean().item()
-    for step in range(MAX_DAMPING_STEPS):
-        percdamp = spec.percdamp * 10**step
-        # A feature that no calibration token activates has a zero row. Its weight cannot change the output on
-        # this data, so its pivot is pinned and it rounds to nearest, which is right for inputs not seen here.
-        hessian.diagonal().copy_(diagonal + percdamp * mean).masked_fill_(diagonal == 0, mean or 1.0)
-        chol, info = torch.linalg.cholesky_ex(hessian[perm][:, perm])
-        if info.item() == 0:
-            hinv_chol, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol), upper=True)
-        if info.item() == 0:
-            return Factor(input_scales, perm, hinv_chol.float(), hessian.float(), percdamp)
-    raise QuantizeError(
-        f"{name}: Hessian not positive definite even with percdamp={percdamp:g} and {stats.n_tokens} tokens; "
-        "use more calibration tokens (--samples, --seq-len) or a larger --percdamp"
-    )
 
 
 def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:

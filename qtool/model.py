@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from formats.errors import error_context
 from formats.skeleton import build_skeleton, is_linear, set_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError
@@ -42,7 +43,8 @@ class BlockwiseModel:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.skeleton: PreTrainedModel = build_skeleton(checkpoint.config)
+        with error_context(checkpoint.name):
+            self.skeleton: PreTrainedModel = build_skeleton(checkpoint.config)
         self.block_list, self.blocks = find_blocks(self.skeleton)
         checkpoint.bind(self.skeleton)
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
@@ -166,7 +168,7 @@ class BlockwiseModel:
     @contextmanager
     def _patched(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
         for index, block in enumerate(self.blocks):
-            block.forward = forward(index)  # type: ignore[method-assign]
+            block.forward = forward(index)
         try:
             yield
         finally:

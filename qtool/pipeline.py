@@ -28,7 +28,7 @@ from formats.writer import Writer
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
 from qtool.model import BlockwiseModel
-from qtool.numerics import exact_float32
+from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import dense_section, rounded_section
 from qtool.plan import TensorPlan, plan_tensors
 from qtool.recipe import Recipe
@@ -120,6 +120,7 @@ class _Run:
                 bar.set_description(f"quantize block {index + 1} of {count}")
                 with self.model.block(index):
                     self._block(index, hidden, bar)
+                release_free_memory()
                 bar.update()
 
     def _outside(self, windows: TokenWindows | None) -> list[Tensor]:
@@ -148,8 +149,8 @@ class _Run:
             if tensor.spec is None:
                 self._write(tensor, None)
         if index + 1 < len(self.model.blocks):
-            for i, states in enumerate(hidden):
-                hidden[i] = self.model.run(index, states)
+            for states in hidden:
+                states.copy_(self.model.run(index, states))
 
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""

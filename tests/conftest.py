@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow tiny matrices down
 
-from invoke import qtool
+from invoke import run_qtool
 from tiny import make_model, silence
 
 WORDS = ["the", "of", "and", "in", "is", "it", "with", "for", "was", "that", "from", "not", "be", "one", "what", "when"]
@@ -38,7 +38,7 @@ class TinyFiles:
 
     def _compressed(self, family: str, *options: str) -> Path:
         output = self.folder / f"{family}{''.join(options)}.qtm"
-        result = qtool("compress", self.model(family), "-o", output, *self.compress_options(*options))
+        result = run_qtool("compress", self.model(family), "-o", output, *self.compress_options(*options))
         assert result.exit_code == 0, result.output
         return output
 

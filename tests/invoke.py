@@ -16,14 +16,14 @@ from qtool.cli import main
 ROOT = Path(__file__).parents[1]
 
 
-def qtool(*args: object) -> Result:
+def run_qtool(*args: object) -> Result:
     """The result of `qtool ARGS`: exit_code, stdout, stderr."""
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def qtool_json(*args: object) -> dict[str, Any]:
     """What `qtool ARGS --json` prints; the run has to succeed."""
-    result = qtool(*args, "--json")
+    result = run_qtool(*args, "--json")
     assert result.exit_code == 0, result.output
     values: dict[str, Any] = json.loads(result.stdout)
     return values
@@ -31,7 +31,7 @@ def qtool_json(*args: object) -> dict[str, Any]:
 
 def refusal(*args: object) -> str:
     """The one line on stderr that `qtool ARGS` ends with, without its `Error: `."""
-    result = qtool(*args)
+    result = run_qtool(*args)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""

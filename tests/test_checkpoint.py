@@ -1,15 +1,16 @@
 """STAGE 1, load: the same model from one file, shards, any dtype and GGUF; one block in memory at a time."""
 
 import json
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from blockwise import blockwise_logits, some_ids
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from invoke import qtool, qtool_json, refusal
-from safetensors.torch import load_file
-from test_families import blockwise_logits, some_ids
+from invoke import qtool_json, refusal, run_qtool
+from safetensors.torch import load_file, save_file
 from tiny import load_reference, make_model
 from tiny_gguf import write_gguf
 
@@ -28,7 +29,7 @@ def dense_dtypes(file) -> set[str]:
 
 
 def compress(tiny_files, model, output, *options):
-    result = qtool("compress", model, "-o", output, *tiny_files.compress_options(*options))
+    result = run_qtool("compress", model, "-o", output, *tiny_files.compress_options(*options))
     assert result.exit_code == 0, result.output
     return output
 
@@ -80,8 +81,6 @@ def test_tied_embeddings(tiny_files, tied, tmp_path):
 def test_tied_in_the_config_though_a_head_is_stored(tmp_path):
     """Some files hold the head twice; what counts is what transformers makes of them."""
     folder = make_model("llama", tmp_path / "m")
-    from safetensors.torch import save_file
-
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -149,9 +148,7 @@ def test_hub_id_in_offline_mode_without_a_stand_in(monkeypatch, tmp_path):
 
 
 def test_hub_id_that_does_not_exist(monkeypatch, tmp_path):
-    import httpx
-
-    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/org/name"))
+    response = SimpleNamespace(headers={}, request=None)
     hub_answers(monkeypatch, RepositoryNotFoundError("404", response=response))
     message = refusal("compress", "org/name", "-o", tmp_path / "out.qtm")
     assert message == "org/name: no such folder here and no such model on the hub"
@@ -210,7 +207,7 @@ def test_gguf_through_every_command(tiny_files, gguf_files, kind, dtypes, tmp_pa
     )  # fmt: skip
     assert result["perplexity"] == pytest.approx(result["baseline_perplexity"], rel=0.01)
     assert qtool_json("generate", file, "--prompt", text, "--max-new-tokens", 4)["text"]
-    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    assert run_qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
     ids = some_ids()
     exported = load_reference(tmp_path / "dense")(ids).logits
     torch.testing.assert_close(api.load(file)(ids).logits, exported.detach(), rtol=0, atol=1e-5)
@@ -266,7 +263,7 @@ def test_no_more_than_one_block_is_ever_loaded(tiny_files, gguf_files, source, m
     monkeypatch.setattr(BlockwiseModel, "run", spy)
     if source != "qtm":
         compress(tiny_files, path("llama"), tmp_path / "out.qtm")
-    assert qtool(
+    assert run_qtool(
         "eval", "perplexity", path("llama"), "--data", tiny_files.text, "--seq-len", 64
     ).exit_code == 0  # fmt: skip
     assert {index for index, _ in seen} == {0, 1, 2}

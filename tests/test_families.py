@@ -2,13 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from invoke import qtool, qtool_json
+from blockwise import blockwise_logits, some_ids
+from invoke import qtool_json, run_qtool
 from tiny import EXPERTS, FAMILIES, load_reference
 
 import qtool as api
+from calibration.capture import HessianCapture
 from formats.encoding import Uniform
 from formats.reader import QtmFile
 from qtool.checkpoint import open_checkpoint
@@ -25,23 +26,6 @@ def family(request):
     return request.param
 
 
-def blockwise_logits(model, ids):
-    """As `qtool eval` gets them: a block at a time."""
-    blockwise = BlockwiseModel(open_checkpoint(str(model)))
-    with exact_float32():
-        with blockwise.outside(head=False):
-            hidden = blockwise.embed(ids)
-        for index in range(len(blockwise.blocks)):
-            with blockwise.block(index):
-                hidden = blockwise.run(index, hidden)
-        with blockwise.outside(head=True):
-            return blockwise.logits(hidden)
-
-
-def some_ids(batch=1):
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch, 48)))
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_blockwise_logits_equal_transformers(tiny_files, family, batch):
     folder, ids = tiny_files.model(family), some_ids(batch)
@@ -52,7 +36,7 @@ def test_blockwise_logits_equal_transformers(tiny_files, family, batch):
 
 def test_load_equals_eval_and_the_exported_folder(tiny_files, family, tmp_path):
     file, ids = tiny_files.compressed(family), some_ids(batch=2)
-    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    assert run_qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
     with exact_float32():
         loaded = api.load(file)(ids).logits
         exported = load_reference(tmp_path / "dense")(ids).logits
@@ -95,7 +79,7 @@ def test_generate_gives_as_many_tokens_as_asked_for(tiny_files, family):
 def test_generate_is_the_decoded_models_own(tiny_files, family, tmp_path):
     """The packed weights with a key-value cache, against the exported ones without."""
     file = tiny_files.compressed(family)
-    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    assert run_qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
     ids = some_ids()[:, :20]
     packed = api.load(file).generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -123,11 +107,37 @@ def test_the_file_holds_what_was_planned(tiny_files, family):
     model = BlockwiseModel(open_checkpoint(str(tiny_files.model(family))))
     plan = plan_tensors(model, Recipe(linears=QuantSpec(group_size=16)))
     with QtmFile.open(tiny_files.compressed(family)) as file:
-        assert list(file.tensors) == [t.name for t in plan]
+        assert file.tensors.keys() == {t.name for t in plan}
         for tensor in plan:
             entry = file.tensors[tensor.name]
             assert (entry.shape, entry.transposed) == (tensor.shape, tensor.transposed)
             assert isinstance(entry.encoding, Uniform) == (tensor.spec is not None)
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("llama", "q_proj k_proj v_proj|o_proj|gate_proj up_proj|down_proj"),
+        ("gemma2", "q_proj k_proj v_proj|o_proj|gate_proj up_proj|down_proj"),
+        ("phi3", "o_proj|qkv_proj|gate_up_proj|down_proj"),
+        ("opt", "k_proj v_proj q_proj|out_proj|fc1|fc2"),
+        ("gpt2", "c_attn|c_proj|c_fc|c_proj"),
+        ("gpt_neox", "query_key_value|dense|dense_h_to_4h|dense_4h_to_h"),
+    ],
+)
+def test_which_linears_share_their_statistics(tiny_files, family, groups):
+    """Those that read one input, and no others."""
+    model = BlockwiseModel(open_checkpoint(str(tiny_files.model(family))))
+    with exact_float32():
+        with model.outside(head=False):
+            hidden = model.embed(some_ids(batch=2))
+        with model.block(0):
+            stats = HessianCapture(model.linears(0)).run(lambda x: model.run(0, x), [hidden])
+    found = {}
+    for name, of_layer in stats.items():
+        found.setdefault(id(of_layer), []).append(name.split(".")[-1])
+        assert of_layer.n_tokens == 96
+    assert "|".join(" ".join(names) for names in found.values()) == groups
 
 
 def test_what_is_tied_is_stored_once(tiny_files):
@@ -164,7 +174,7 @@ def test_what_is_left_dense_is_listed_with_its_reason(tiny_files, family, dense)
 def test_exported_experts_have_their_published_names(tiny_files, tmp_path):
     """transformers fuses experts when it loads them; on disk every expert has its own tensors."""
     file = tiny_files.compressed("mixtral")
-    assert qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    assert run_qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
     from safetensors import safe_open
 
     with safe_open(tmp_path / "dense" / "model.safetensors", framework="pt") as stored:

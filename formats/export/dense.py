@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
@@ -34,7 +35,10 @@ def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwri
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         part = Path(scratch) / "part"
         part.mkdir()
-        _write_weights(file, part, DTYPES[dtype])
+        try:
+            _write_weights(file, part, DTYPES[dtype])
+        except SafetensorError as error:  # what a full disk is to safetensors
+            raise FormatError(f"{folder}: cannot be written ({error}); nothing was left behind, make room") from error
         config = dict(file.header.model["config"]) | {"dtype": dtype}
         (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in file.files:

@@ -23,47 +23,49 @@ _SPREAD: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
 }
 
 
-def unpack_plane(plane: Tensor, width: int) -> Tensor:
-    """plane: [rows, words] int32 -> its fields [rows, words * 32 / width] u8, padding included."""
+def unpack_plane(plane: Tensor, width: int, low_bit: int = 0) -> Tensor:
+    """plane: [rows, words] int32 -> its fields << low_bit, [rows, words * 32 / width] u8, padding included."""
     packed = plane.view(torch.uint8)
     if width == 8:
         return packed
     word, steps = _SPREAD[width]
     spread = packed.to(word)
     for shift, mask in steps:
-        spread = (spread | (spread << shift)).bitwise_and_(mask)
+        spread = (spread << shift).bitwise_or_(spread).bitwise_and_(mask)
+    if low_bit:
+        spread <<= low_bit  # on whole words: torch shifts bytes one by one
     return spread.view(torch.uint8)
 
 
 def unpack_codes(parts: Mapping[str, Tensor], field: str, bits: int) -> Tensor:
     """The integers of `field` ("codes" or "zeros") as u8, [rows, at least as many as were stored]."""
-    codes: Tensor | None = None
-    low_bit = 0
-    for width in plane_widths(bits):
-        fields = unpack_plane(parts[f"{field}.{width}"], width)
-        if codes is None:
-            codes = fields
-        else:
-            n = min(codes.shape[1], fields.shape[1])  # a narrow plane is padded to more fields than a wide one
-            codes = codes[:, :n] | (fields[:, :n] << low_bit)
-        low_bit += width
-    assert codes is not None
+    widths = plane_widths(bits)
+    codes = unpack_plane(parts[f"{field}.{widths[0]}"], widths[0])
+    for index, width in enumerate(widths[1:], 1):
+        fields = unpack_plane(parts[f"{field}.{width}"], width, low_bit=sum(widths[:index]))
+        n = min(codes.shape[1], fields.shape[1])  # a narrow plane is padded to more fields than a wide one
+        codes = fields[:, :n].bitwise_or_(codes[:, :n])
     return codes
 
 
-def decode_uniform(parts: Mapping[str, Tensor], in_features: int, encoding: Uniform) -> Tensor:
-    """The weight [rows, in_features] f32 of a section's parts, or of the same rows of each of them.
+def unpack_zeros(parts: Mapping[str, Tensor], encoding: Uniform) -> Tensor:
+    """The zeros [out, G] u8 of a section; [out, 1] when they are all the same."""
+    out_features, n_groups = parts["scales"].shape
+    if encoding.symmetric:
+        return torch.full((out_features, 1), 1 << (encoding.bits - 1), dtype=torch.uint8)
+    flat = unpack_codes(parts, "zeros", encoding.bits)[0]
+    return flat[: out_features * n_groups].view(out_features, n_groups)
+
+
+def decode_uniform(parts: Mapping[str, Tensor], zeros: Tensor, in_features: int, encoding: Uniform) -> Tensor:
+    """The weight [rows, in_features] f32 of a section's parts and zeros, or of the same rows of each of them.
 
     Input scales (SPEC 7.5.1) are not applied: whoever multiplies scales the fewer activations instead.
     """
     codes = unpack_codes(parts, "codes", encoding.bits)
     scales = parts["scales"].float()  # [rows, G]
-    rows, n_groups = scales.shape
-    if encoding.symmetric:
-        zeros = torch.full_like(codes[:, :1], 1 << (encoding.bits - 1)).expand(rows, n_groups)
-    else:
-        zeros = unpack_codes(parts, "zeros", encoding.bits)[:, :n_groups]
-    weight = torch.empty(rows, in_features)
+    zeros = zeros.expand(scales.shape)
+    weight = torch.empty(len(codes), in_features)
     full = in_features // encoding.group_size
     stop = full * encoding.group_size
     _decode(codes[:, :stop], zeros[:, :full], scales[:, :full], weight[:, :stop])
@@ -77,7 +79,6 @@ def _decode(codes: Tensor, zeros: Tensor, scales: Tensor, out: Tensor) -> None:
     if not out.numel():
         return
     groups = zeros.shape[1]
-    shape = (len(codes), groups, codes.shape[1] // groups)
-    # The difference of two codes is exact in 16 bits, half as wide as float32: one pass less over memory.
-    steps = codes.unflatten(1, shape[1:]).to(torch.int16).sub_(zeros.to(torch.int16)[:, :, None])
-    torch.mul(steps, scales[:, :, None], out=out.unflatten(1, shape[1:]))
+    out = out.unflatten(1, (groups, out.shape[1] // groups))
+    out.copy_(codes.unflatten(1, out.shape[1:]))
+    out.sub_(zeros.float()[:, :, None]).mul_(scales[:, :, None])

@@ -34,9 +34,9 @@ def test_txt_is_one_document_verbatim(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n\ntwo \xc3\xa9\n")
     text = read_text(str(path), split="train")
-    assert text.documents == ["one\r\n\n\ntwo é\n"]
+    assert text.documents == ["one\n\n\ntwo é\n"]
     assert text.name == "a.txt"
-    assert text.sha256 == hashlib.sha256("one\r\n\n\ntwo é\n".encode()).hexdigest()
+    assert text.sha256 == hashlib.sha256("one\n\n\ntwo é\n".encode()).hexdigest()
 
 
 def test_jsonl_takes_the_field_and_skips_blank_lines(tmp_path):

@@ -46,7 +46,8 @@ def read_uniform(section: bytes, entry: dict) -> list[list[float]]:
     end = start + 2 * n_groups * rows
     zeros = [[2 ** (bits - 1)] * n_groups] * rows
     if not entry["symmetric"]:
-        zeros, end = read_planes(section, end, rows, n_groups, bits)
+        [flat], end = read_planes(section, end, 1, rows * n_groups, bits)
+        zeros = [flat[i * n_groups : (i + 1) * n_groups] for i in range(rows)]
     inputs = [1.0] * n
     if entry.get("input_scales", False):
         start = (end + 63) // 64 * 64
