@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from formats.errors import FormatError
 
+MAX_REASON = 200
+"""Characters kept of a message that is not ours: transformers can list all of its 400 architectures."""
+
 
 def config_from_dict(values: dict[str, Any]) -> Any:
     """The transformers config of a `config.json` dict. No code of the model's own is ever run."""
@@ -23,8 +26,8 @@ def config_from_dict(values: dict[str, Any]) -> Any:
     try:
         # auto_map would name remote code: with it dropped, only classes that transformers ships can be built.
         return AutoConfig.for_model(**{k: v for k, v in values.items() if k != "auto_map"})
-    except (ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"model_type={model_type!r}: transformers cannot build it: {_first_line(error)}") from error
+    except Exception as error:  # transformers raises whatever its config classes and their checks do
+        raise FormatError(f"model_type={model_type!r}: not a config transformers takes: {_brief(error)}") from error
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
@@ -32,14 +35,14 @@ def build_skeleton(config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except ValueError as error:
+        model.eval()
+        for module in model.modules():
+            _init_derived_buffers(model, module)
+        model.tie_weights()
+    except Exception as error:  # a config can be wrong in as many ways as there are architectures
         raise FormatError(
-            f"model_type={config.model_type!r} is not a causal language model: {_first_line(error)}"
+            f"model_type={config.model_type!r}: no causal language model can be built from its config: {_brief(error)}"
         ) from error
-    model.eval()
-    for module in model.modules():
-        _init_derived_buffers(model, module)
-    model.tie_weights()
     return model  # type: ignore[no-any-return]
 
 
@@ -81,5 +84,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _brief(error: Exception) -> str:
+    """What an exception of transformers says, on one line of readable length."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= MAX_REASON else f"{words[:MAX_REASON]} ..."

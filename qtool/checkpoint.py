@@ -7,6 +7,7 @@ Three sources share one interface: a Hugging Face folder (or hub id), a GGUF fil
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from formats.errors import error_context
 from formats.skeleton import config_from_dict, split_name
 from qtool.errors import CheckpointError
 
+DERIVED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -60,6 +62,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def source_files(self) -> list[tuple[str, int]]:
         """(file name, bytes) of every file that weights are read from."""
+
+    def unused(self) -> list[str]:
+        """Stored tensors that make no parameter of the model, known after `bind`."""
+        return []
 
     def generation_config(self) -> GenerationConfig:
         return GenerationConfig.from_model_config(self.config)
@@ -143,6 +149,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._shard_of = self._index()
         self._sources: dict[str, list[str]] = {}
         self._conversions: list[Any] = []
+        self._unused: list[str] = []
 
     def stored_dtype(self, name: str) -> str:
         key = next(iter(self._sources.get(name, [])), None)
@@ -209,6 +216,13 @@ class HuggingFaceCheckpoint(Checkpoint):
                 target, _ = rename_source_key(key, [], [], prefix, parameters)
             sources[target].append(key)
         self._sources = dict(sources)
+        # What older versions stored and nobody reads (rotary tables, causal masks) is no loss.
+        known = [*(model._keys_to_ignore_on_load_unexpected or ()), *DERIVED]
+        unread = [key for target, keys in sources.items() if target not in parameters for key in keys]
+        self._unused = sorted(key for key in unread if not any(re.search(pattern, key) for pattern in known))
+
+    def unused(self) -> list[str]:
+        return self._unused
 
     def _read(self, model: PreTrainedModel, names: set[str]) -> None:
         keys = [key for name in names for key in self._sources.get(name, [])]

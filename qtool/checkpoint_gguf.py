@@ -60,6 +60,10 @@ class GgufCheckpoint(Checkpoint):
                 sources[target].append(stored)
         self._sources = dict(sources)
 
+    def unused(self) -> list[str]:
+        read = {stored for sources in self._sources.values() for stored in sources}
+        return sorted(self._stored.keys() - read - {"rope_freqs.weight"})  # a table that transformers derives itself
+
     def _read(self, model: PreTrainedModel, names: set[str]) -> None:
         for name in names:
             for stored in self._sources.get(name, []):

@@ -52,7 +52,7 @@ def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, nam
         percdamp = spec.percdamp * 10**step
         try:
             return _factorize(stats.hessian.double(), weights, spec, percdamp)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
     raise QuantizeError(
         f"{name}: Hessian not positive definite even with percdamp={percdamp:g} and {stats.n_tokens} tokens; "

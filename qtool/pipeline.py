@@ -34,6 +34,7 @@ from qtool.plan import TensorPlan, plan_tensors
 from qtool.recipe import Recipe
 from qtool.sample import sample_from
 
+LEFT_OUT_OF_CONFIG = ("_name_or_path", "_model_name_or_path", "auto_map")  # paths, and code that is never run
 TOKENS_PER_BATCH = 1024
 """Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
 
@@ -65,6 +66,9 @@ def compress(
     with exact_float32(), Writer(output, overwrite=overwrite) as writer:
         tokenizer_files = save_tokenizer(checkpoint)  # first: the cheapest thing that can be missing
         model = BlockwiseModel(checkpoint)
+        if unused := checkpoint.unused():
+            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
         run = _Run(model, recipe, plan_tensors(model, recipe), writer, report)
         windows = None
         if recipe.linears.method != "rtn":
@@ -216,7 +220,7 @@ def _header(
             "model_type": checkpoint.config.model_type,
             "architecture": type(model.skeleton).__name__,
             "blocks": model.block_list,
-            "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "auto_map")},
+            "config": {k: v for k, v in config.items() if k not in LEFT_OUT_OF_CONFIG},
         },
         "recipe": {**recipe.to_dict(), "calibration": calibration},
         "provenance": {

@@ -99,7 +99,26 @@ def test_unknown_model_type(refuse, model):
 
 def test_model_type_that_generates_nothing(refuse, model):
     edit_config(model, model_type="vit")
-    assert "model_type='vit' is not a causal language model" in refuse(model)
+    assert "model_type='vit': no causal language model can be built" in refuse(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 5},
+        {"hidden_size": "x"},
+        {"hidden_act": "nonesuch"},
+        {"rope_parameters": {"rope_type": "zz", "rope_theta": 1e4}},
+        {"intermediate_size": -1},
+        {"dtype": "foo"},
+    ],
+)
+def test_config_that_makes_no_sense(refuse, model, change):
+    edit_config(model, **change)
+    message = refuse(model)
+    assert str(model) in message
+    assert "model_type='llama'" in message
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", None])

@@ -1,6 +1,7 @@
 """STAGE 1, load: the same model from one file, shards, any dtype and GGUF; one block in memory at a time."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -280,3 +281,13 @@ def test_the_same_tensor_is_read_again_after_its_block_was_freed(tiny_files):
     assert torch.equal(*values)
     stored = json.loads((tiny_files.model("llama") / "config.json").read_text())["dtype"]
     assert stored == "float32"
+
+
+def test_stored_tensors_that_the_config_does_not_use_are_named(tiny_files, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_files.model("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    result = run_qtool("compress", folder, "-o", tmp_path / "cut.qtm", *tiny_files.compress_options())
+    assert result.exit_code == 0, result.output
+    assert "9 stored tensors are not part of the model that config.json describes: model.layers.2." in result.stderr
