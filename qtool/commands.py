@@ -15,7 +15,7 @@ from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.pipeline import compress
 from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
-from qtool.report import format_bytes, inspect_file
+from qtool.report import fold_names, format_bytes, inspect_file
 
 
 def build_recipe(
@@ -90,7 +90,10 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         f"time             about {estimate['seconds']:.0f} s on this machine",
         f"left dense       {len(estimate['left_dense'])} tensors",
     ]
-    return "\n".join(lines + [f"  {row['name']}  ({row['reason']})" for row in estimate["left_dense"]])
+    for reason in dict.fromkeys(row["reason"] for row in estimate["left_dense"]):
+        names = fold_names(row["name"] for row in estimate["left_dense"] if row["reason"] == reason)
+        lines.append(f"  {reason}: {names}")
+    return "\n".join(lines)
 
 
 def run_perplexity(model: str, *, baseline: str | None, **options: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def format_inspection(found: dict[str, Any], *, tensors: bool) -> str:
     for key, text in (("harder_damped", "damped harder"), ("uncalibrated", "saw no calibration token")):
         lines += [f"warning          {name} {text}" for name in found["quality"].get(key, ())]
     dense = [row for row in rows if row["encoding"] == "dense"]
-    lines.append(f"left dense       {len(dense)} tensors: {_summarise(dense)}")
+    lines.append(f"left dense       {len(dense)} tensors: {fold_names(row['name'] for row in dense)}")
     return "\n".join(lines + (["", *_tensor_table(rows)] if tensors else []))
 
 
@@ -82,9 +83,9 @@ def _describe_calibration(calibration: dict[str, Any]) -> str:
     return "{source}, {samples} windows of {seq_len} tokens, seed {seed}".format(**calibration)
 
 
-def _summarise(rows: list[dict[str, Any]]) -> str:
+def fold_names(names: Iterable[str]) -> str:
     """Names with the block numbers folded together: model.layers.*.input_layernorm.weight ×30."""
-    folded = Counter(re.sub(r"\.\d+\.", ".*.", row["name"]) for row in rows)
+    folded = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     return ", ".join(name if n == 1 else f"{name} ×{n}" for name, n in folded.items())
 
 
