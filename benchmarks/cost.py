@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.tools import CALIBRATION, parser, print_table, qtool
+from benchmarks.tools import CALIBRATION, Limits, parser, print_table, qtool
 
 WINDOWS, SEQ_LEN = 32, 1024
 DEPTHS = (8, 64)
@@ -26,15 +26,31 @@ def main() -> None:
     options = ["--bits", 4, "--group-size", 64, "--calibration", args.calibration, *CALIBRATION, "--force"]
     made = qtool("compress", args.model, "-o", args.work / "cost.qtm", *options)
     floor = unavoidable_seconds(args.model)
-    rows: list[tuple[str, str, str]] = [
-        ("unavoidable arithmetic", f"{floor:.0f} s", ""),
-        ("qtool compress, start to finish", f"{made['seconds']:.0f} s", f"{made['seconds'] / floor:.2f} times"),
-        ("peak memory, reference model", f"{made['peak_rss_bytes'] / 1e9:.2f} GB", ""),
+    limits = Limits()
+    share, peak_gb = made["seconds"] / floor, made["peak_rss_bytes"] / 1e9
+    rows = [
+        ("unavoidable arithmetic", f"{floor:.0f} s", "", ""),
+        (
+            "qtool compress, start to finish",
+            f"{made['seconds']:.0f} s",
+            f"{share:.2f}",
+            limits.at_most("time", share, 1.3),
+        ),
+        ("peak memory, reference model", f"{peak_gb:.2f} GB", "", f"{limits.at_most('memory', peak_gb, 1.2)} GB"),
     ]
     peaks = [peak_of_depth(args.work / f"depth-{n}", args.model, n, args.calibration) for n in DEPTHS]
-    for depth, peak in zip(DEPTHS, peaks, strict=True):
-        rows.append((f"peak memory, {depth} equal blocks", f"{peak / 1e9:.3f} GB", f"{peak / peaks[0]:.3f} times"))
-    print_table(("what", "measured", "ratio"), rows)
+    growth = peaks[1] / peaks[0]
+    rows += [
+        (f"peak memory, {DEPTHS[0]} equal blocks", f"{peaks[0] / 1e9:.3f} GB", "", ""),
+        (
+            f"peak memory, {DEPTHS[1]} equal blocks",
+            f"{peaks[1] / 1e9:.3f} GB",
+            f"{growth:.3f}",
+            limits.at_most("growth", growth, 1.1),
+        ),
+    ]
+    print_table(("what", "measured", "ratio", "limit"), rows)
+    limits.finish()
 
 
 @torch.inference_mode()

@@ -14,13 +14,15 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize, quantize
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tools import CALIBRATION, MEASURE, parser, print_table, qtool
+from benchmarks.tools import CALIBRATION, MEASURE, Limits, parser, print_table, qtool
 
+LEFT = ["--embeddings", 16]
 RECIPES = [
-    ("GPTQ 4 bits, group 64", ["--bits", 4, "--group-size", 64]),
-    ("round to nearest 4 bits, group 64", ["--bits", 4, "--group-size", 64, "--method", "rtn"]),
-    ("GPTQ 3 bits, group 64", ["--bits", 3, "--group-size", 64]),
-    ("round to nearest 3 bits, group 64", ["--bits", 3, "--group-size", 64, "--method", "rtn"]),
+    ("GPTQ 4 bits, group 64, embeddings 8 bits", ["--bits", 4, "--group-size", 64]),
+    ("GPTQ 4 bits, group 64", ["--bits", 4, "--group-size", 64, *LEFT]),
+    ("round to nearest 4 bits, group 64", ["--bits", 4, "--group-size", 64, "--method", "rtn", *LEFT]),
+    ("GPTQ 3 bits, group 64", ["--bits", 3, "--group-size", 64, *LEFT]),
+    ("round to nearest 3 bits, group 64", ["--bits", 3, "--group-size", 64, "--method", "rtn", *LEFT]),
 ]
 PEERS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1]
 
@@ -33,14 +35,18 @@ def main() -> None:
     for name, options in RECIPES:
         output = args.work / "quality.qtm"
         made = qtool("compress", args.model, "-o", output, "--force", *options, *CALIBRATION,
-                     "--calibration", args.calibration, "--embeddings", 16)  # fmt: skip
+                     "--calibration", args.calibration)  # fmt: skip
         rows.append(_row(f"qtool, {name}", made["bits_per_weight"], output, args.data, base))
     for kind in PEERS:
         folder = args.work / "peer"
-        rows.append(
-            _row(f"llama.cpp {kind.name}", round_like_llama_cpp(args.model, folder, kind), folder, args.data, base)
-        )
+        bits = round_like_llama_cpp(args.model, folder, kind)
+        rows.append(_row(f"llama.cpp {kind.name}", bits, folder, args.data, base))
     print_table(("method", "bits per weight", "perplexity", "ratio"), rows)
+    limits = Limits()
+    limits.at_most("bits per weight", float(rows[1][1]), 4.35)
+    limits.at_most("perplexity ratio at 4 bits, group 64", float(rows[1][3]), 1.23)
+    limits.at_most("3 bits against round to nearest", float(rows[4][3]) / float(rows[5][3]), 0.5)
+    limits.finish()
 
 
 def _row(name: str, bits: float, model: Path, data: Path, base: float) -> tuple[str, str, str, str]:

@@ -40,3 +40,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
         if index == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+class Limits:
+    """What the project promises: every figure that breaks its promise is named, and the script fails."""
+
+    def __init__(self) -> None:
+        self._broken: list[str] = []
+
+    def at_most(self, what: str, value: float, limit: float) -> str:
+        """The limit as a table cell; remembers `what` when `value` is above it."""
+        if value > limit:
+            self._broken.append(f"{what}: {value:.4g} is above {limit:g}")
+        return f"{limit:g}"
+
+    def finish(self) -> None:
+        if self._broken:
+            sys.exit("\n".join(self._broken))

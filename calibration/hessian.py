@@ -36,6 +36,6 @@ class HessianAccumulator:
 
     def result(self) -> LayerStats:
         """The mean over all tokens added; ends the accumulation, whose memory it takes over."""
-        upper = torch.triu(self._sum).div_(max(self.n_tokens, 1))
+        upper = self._sum.triu_().div_(max(self.n_tokens, 1))
         self._sum = upper.new_empty(0)
         return LayerStats(hessian=upper.add_(torch.triu(upper, 1).T), n_tokens=self.n_tokens)

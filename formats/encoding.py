@@ -242,12 +242,17 @@ def check_section(data: Data, shape: Shape, encoding: Encoding) -> None:
         _check_uniform(arrays, shape, encoding)
 
 
-def _check_uniform(arrays: Mapping[str, npt.NDArray[Any]], shape: Shape, encoding: Uniform) -> None:
+def check_scales(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """SPEC 7.6, for the parts of a `uniform` section."""
     if not np.isfinite(arrays["scales"]).all():
         raise FormatError("a scale is NaN or infinite (SPEC 7.6)")
     inputs = arrays.get("input_scales", np.ones(1, np.float16))
     if not (np.isfinite(inputs) & (inputs > 0)).all():
         raise FormatError("an input scale is NaN, infinite or not above 0 (SPEC 7.6)")
+
+
+def _check_uniform(arrays: Mapping[str, npt.NDArray[Any]], shape: Shape, encoding: Uniform) -> None:
+    check_scales(arrays)
     lengths = {"codes": shape[1]} | ({} if encoding.symmetric else {"zeros": arrays["scales"].size})
     for field, n in lengths.items():
         for name, width in zip(encoding.plane_names(field), plane_widths(encoding.bits), strict=True):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from formats.encoding import Dense, Uniform, part_arrays
-from formats.errors import FormatError
+from formats.encoding import Dense, Uniform, check_scales, part_arrays
+from formats.errors import FormatError, error_context
 from formats.header import TensorEntry
 from formats.kernels.cpu import decode_uniform, unpack_zeros
 from formats.reader import QtmFile
-from formats.skeleton import build_skeleton, config_from_dict, is_linear, set_tensor, split_name
+from formats.skeleton import build_skeleton, config_from_dict, is_linear, parameter_names, set_tensor, split_name
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_DECODED_ELEMENTS = 1 << 20
@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True) -> PreTrainedModel
     """
     file = QtmFile.open(path, check=check)
     model = build_skeleton(config_from_dict(dict(file.header.model["config"])))
-    aliases = _aliases(model)
+    aliases = parameter_names(model)
     for entry in file.tensors.values():
         for name in aliases.get(entry.name, [entry.name]):
             _install(model, name, entry, file)
@@ -72,6 +72,8 @@ def decode_tensor(file: QtmFile, entry: TensorEntry) -> Tensor:
 def section_parts(file: QtmFile, entry: TensorEntry) -> dict[str, Tensor]:
     """The parts of a `uniform` section by name as tensors over the mapped file: nothing is copied."""
     arrays = part_arrays(file.section(entry), entry.shape, entry.encoding)
+    with error_context(f"{file.label}: {entry.label}"):
+        check_scales(arrays)
     with warnings.catch_warnings():
         # The mapping is read-only, which torch cannot express; nothing here writes to it.
         warnings.simplefilter("ignore", UserWarning)
@@ -144,14 +146,6 @@ def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear) -> None:
     del embedding.weight
     embedding.__class__ = type(f"Quant{own.__name__}", bases, {})
     embedding.packed = packed
-
-
-def _aliases(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Canonical parameter name -> all names it has: a tied head is stored once, under its first name."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {group[0]: group for group in names.values()}
 
 
 def _install(model: PreTrainedModel, name: str, entry: TensorEntry, file: QtmFile) -> None:

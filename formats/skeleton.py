@@ -6,6 +6,7 @@ stores (rotary frequencies, embedding scales) are computed from the config at on
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,8 +81,36 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies by one 2-D weight: torch's Linear or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+    """Whether `module` multiplies by one 2-D weight: torch's Linear, what behaves like it, or GPT-2's Conv1D."""
+    if is_transposed_linear(module) or type(module).forward is nn.Linear.forward:
+        return True
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and _behaves_as_linear(kind, module.bias is not None)
+
+
+@cache
+def _behaves_as_linear(kind: Any, has_bias: bool) -> bool:
+    """Whether a subclass with a forward of its own still computes x Wᵀ + b: Falcon's does, a router may not."""
+    probe = kind.__new__(kind)
+    nn.Module.__init__(probe)
+    probe.in_features, probe.out_features = 3, 2
+    probe.weight = nn.Parameter(torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]]))
+    probe.bias = nn.Parameter(torch.tensor([0.25, -8.0])) if has_bias else None
+    x = torch.tensor([[1.0, 2.0, -3.0], [-1.0, 0.5, 2.0]])
+    try:
+        with torch.no_grad():
+            y = probe(x)
+    except Exception:  # a forward that needs more than a weight is not a linear's
+        return False
+    return isinstance(y, torch.Tensor) and torch.equal(y, nn.functional.linear(x, probe.weight, probe.bias))
+
+
+def parameter_names(model: nn.Module) -> dict[str, list[str]]:
+    """First name of every parameter -> all its names: a tied one is stored once, under its first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {group[0]: group for group in names.values()}
 
 
 def _brief(error: Exception) -> str:

@@ -29,11 +29,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from formats.encoding import DENSE_DTYPES
 from formats.errors import error_context
-from formats.skeleton import config_from_dict, split_name
+from formats.skeleton import config_from_dict, parameter_names, set_tensor, split_name
 from qtool.errors import CheckpointError
 
 DERIVED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+MODEL_SUFFIXES = (".gguf", ".qtm", ".safetensors", ".bin", ".pt", ".pth", ".json", ".txt")
+ROWS_COMPARED = 4096
 
 
 class Checkpoint(ABC):
@@ -66,6 +67,10 @@ class Checkpoint(ABC):
     def unused(self) -> list[str]:
         """Stored tensors that make no parameter of the model, known after `bind`."""
         return []
+
+    def has_own_head(self, model: PreTrainedModel) -> bool:
+        """Whether tensors that `model` ties are stored apart and differ, known after `bind`."""
+        return False
 
     def generation_config(self) -> GenerationConfig:
         return GenerationConfig.from_model_config(self.config)
@@ -101,6 +106,11 @@ def find_tensor(model: PreTrainedModel, name: str) -> torch.Tensor:
     return tensor
 
 
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """The names of every parameter that has several, the one it is stored under first."""
+    return [names for names in parameter_names(model).values() if len(names) > 1]
+
+
 def open_checkpoint(model: str) -> Checkpoint:
     """The checkpoint behind a path or a hub id."""
     path = Path(model).expanduser()
@@ -116,24 +126,11 @@ def open_checkpoint(model: str) -> Checkpoint:
         return GgufCheckpoint(path)
     if path.is_file():
         raise CheckpointError(f"{model}: neither a model folder nor a .gguf or .qtm file")
-    if path.suffix or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: no such file or folder")
+    if path.suffix in MODEL_SUFFIXES or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such file or folder; a model of the hub is named org/name")
+    from qtool.hub import download
+
     return HuggingFaceCheckpoint(download(model), name=model)
-
-
-def download(hub_id: str) -> Path:
-    """The local folder of a hub model, fetched or from the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{hub_id}: no such folder here and no such model on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{hub_id}: no such folder here, and the hub cannot be reached (offline?); give the path of a local model"
-        ) from error
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -150,9 +147,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._sources: dict[str, list[str]] = {}
         self._conversions: list[Any] = []
         self._unused: list[str] = []
+        self._stored_as: dict[str, str] = {}  # a tied parameter -> the name under which alone it is stored
 
     def stored_dtype(self, name: str) -> str:
-        key = next(iter(self._sources.get(name, [])), None)
+        key = next(iter(self._sources.get(self._stored_as.get(name, name), [])), None)
         if key is None:
             raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights; download the model again")
         with self._open(self._shard_of[key]) as shard:
@@ -220,12 +218,30 @@ class HuggingFaceCheckpoint(Checkpoint):
         known = [*(model._keys_to_ignore_on_load_unexpected or ()), *DERIVED]
         unread = [key for target, keys in sources.items() if target not in parameters for key in keys]
         self._unused = sorted(key for key in unread if not any(re.search(pattern, key) for pattern in known))
+        self._stored_as = {}
+        for first, *others in tied_names(model):
+            stored = [name for name in others if name in self._sources]
+            if first not in self._sources and stored:
+                self._stored_as[first] = stored[0]
 
     def unused(self) -> list[str]:
         return self._unused
 
+    def has_own_head(self, model: PreTrainedModel) -> bool:
+        groups = [[n for n in names if n in self._sources] for names in tied_names(model)]
+        pairs = [(names[0], other) for names in groups for other in names[1:]]
+        return any(self._differ(self._sources[a][0], self._sources[b][0]) for a, b in pairs)
+
+    def _differ(self, a: str, b: str) -> bool:
+        with self._open(self._shard_of[a]) as one, self._open(self._shard_of[b]) as other:
+            x, y = one.get_slice(a), other.get_slice(b)
+            if x.get_shape() != y.get_shape():
+                return True
+            starts = range(0, x.get_shape()[0], ROWS_COMPARED)
+            return any(not torch.equal(x[i : i + ROWS_COMPARED], y[i : i + ROWS_COMPARED]) for i in starts)
+
     def _read(self, model: PreTrainedModel, names: set[str]) -> None:
-        keys = [key for name in names for key in self._sources.get(name, [])]
+        keys = [key for name in names for key in self._sources.get(self._stored_as.get(name, name), [])]
         # Shards are opened for one block and closed again, or every page ever read would stay resident.
         with ExitStack() as stack:
             shards = {s: stack.enter_context(self._open(s)) for s in sorted({self._shard_of[k] for k in keys})}
@@ -237,6 +253,8 @@ class HuggingFaceCheckpoint(Checkpoint):
                 raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error
         for name, stored, expected in sorted(info.mismatched_keys):
             raise CheckpointError(_wrong_shape(self.name, name, stored, expected))
+        for name in names & self._stored_as.keys():
+            set_tensor(model, name, find_tensor(model, self._stored_as[name]))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer_folder(self.folder, self.name)

@@ -26,12 +26,17 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except DOMAIN_ERRORS as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+        except BrokenPipeError:
+            raise  # whoever reads our output has seen enough; click ends quietly
         except OSError as error:
             raise click.ClickException(_describe_os_error(error)) from error
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            # torch has no exception of its own for memory that the CPU allocator does not get.
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
             raise click.ClickException("out of memory; use fewer --samples or a shorter --seq-len") from error
         except KeyboardInterrupt as error:
-            raise click.ClickException("interrupted; no file was written") from error
+            raise click.ClickException("interrupted; nothing was left behind") from error
 
 
 def _describe_os_error(error: OSError) -> str:

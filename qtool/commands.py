@@ -52,7 +52,12 @@ def run_compress(
         raise ConfigError(f"{output}: its folder does not exist; make it first")
     try:
         with quiet_transformers():
-            report = compress(open_checkpoint(model), output, recipe, overwrite=force, warn=warn)
+            checkpoint = open_checkpoint(model)
+            if checkpoint.format == "qtm":
+                raise ConfigError(f"{model}: already compressed; give the original model")
+            if output.exists() and Path(model).exists() and output.samefile(model):
+                raise ConfigError(f"{output}: is the model itself; give another --output")
+            report = compress(checkpoint, output, recipe, overwrite=force, warn=warn)
     except OSError as error:
         error.filename = error.filename or str(output)  # a write that fails does not say where
         raise
@@ -127,7 +132,7 @@ def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: f
     from formats.loader import load, load_tokenizer
 
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
+        raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer, model = load_tokenizer(file), load(file)

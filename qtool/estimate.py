@@ -74,10 +74,11 @@ def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recip
 def _seconds(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> float:
     """Two forward passes, the Hessians and the solver, at the speed of this machine's matrix product."""
     n_tokens = _n_tokens(model, recipe)
+    seq_len = n_tokens // recipe.calibration.samples
     operations = 0.0
     for linears in _blocks(model, plan):
         weights = sum(t.n_parameters for t in linears)
-        attention = 4 * n_tokens * recipe.calibration.seq_len * int(model.config.hidden_size)
+        attention = 4 * n_tokens * seq_len * int(model.config.hidden_size)
         hessians = sum(n_tokens * n * n for n in {t.shape[1] for t in linears})
         operations += (2 * (2 * n_tokens * weights + attention) + hessians) / FORWARD_EFFICIENCY
         operations += SOLVER_OPERATIONS * weights if n_tokens else 0

@@ -66,6 +66,8 @@ def evaluate_perplexity(
     tokens = tokenize(text, lambda joined: list(tokenizer(joined, verbose=False).input_ids))
     length = _window_length(models, seq_len)
     ids = torch.from_numpy(evaluation_windows(tokens, length, max_windows, source=data).copy())
+    for model in models:
+        model.check_tokens(ids)
     with exact_float32():
         figures = _score(models, ids)
     return PerplexityResult(
@@ -80,14 +82,15 @@ def evaluate_perplexity(
 
 
 def _window_length(models: list[BlockwiseModel], seq_len: int | None) -> int:
-    if len({model.config.vocab_size for model in models}) > 1:
-        sizes = " and ".join(str(model.config.vocab_size) for model in models)
+    if len({model.vocab_size for model in models}) > 1:
+        sizes = " and ".join(str(model.vocab_size) for model in models)
         raise ConfigError(f"model and baseline have vocabularies of {sizes} tokens: not the same model")
     longest = min((m.max_seq_len for m in models if m.max_seq_len), default=None)
     if seq_len is None:
         return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
     if seq_len < 2 or (longest is not None and seq_len > longest):
-        raise ConfigError(f"--seq-len {seq_len}: must be 2 to {longest}, the context the model was built for")
+        most = "any length" if longest is None else f"{longest}, the context the model was built for"
+        raise ConfigError(f"--seq-len {seq_len}: must be 2 to {most}")
     return seq_len
 
 
@@ -100,7 +103,7 @@ def _score(models: list[BlockwiseModel], ids: Tensor) -> dict[str, float]:
         for model in models:
             stack.enter_context(model.outside(head=True))
         for index, batch in enumerate(batches):
-            for span in _spans(batch, models[0].config.vocab_size):
+            for span in _spans(batch, models[0].vocab_size):
                 logs = [_log_probs(m, h[index][:, span]) for m, h in zip(models, hidden, strict=True)]
                 scores.append(_compare(logs, batch[:, span.start + 1 : span.stop + 1]))
             bar.update()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from formats.layer import QuantizedLinear
+from formats.layer import QuantizedLinear, group_index
 from qtool.errors import QuantizeError
 from qtool.grid import Grid, fit_grid
 from qtool.recipe import QuantSpec
@@ -34,6 +34,7 @@ class Factor:
     perm: Tensor  # [in] int64: the order in which columns are rounded
     hinv_chol: Tensor  # [in, in] f32: U with H⁻¹ = UᵀU, rows and columns in the order of perm
     damped: Tensor  # [in, in] f32: the damped Hessian of the scaled input, in the layer's own order
+    damping: Tensor  # [in] f32: what was added to its diagonal
     percdamp: float  # what it took to factor it
 
 
@@ -70,7 +71,8 @@ def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, perc
     perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
     damped, inverse = _damped_inverse(hessian, percdamp)
     hinv_chol = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
-    return Factor(input_scales, perm, hinv_chol.float(), damped.float(), percdamp)
+    damping = damped.diagonal() - diagonal
+    return Factor(input_scales, perm, hinv_chol.float(), damped.float(), damping.float(), percdamp)
 
 
 def _damped_inverse(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
@@ -121,7 +123,7 @@ def rtn_quantize(weight: Tensor, spec: QuantSpec) -> Solution:
     """Round to nearest: every weight on its own, no calibration; the error reported is that of the weights."""
     group_size = spec.groups_of(weight.shape[1])
     grid = fit_grid(weight, group_size, spec.bits, symmetric=spec.symmetric)
-    groups = torch.arange(weight.shape[1]) // group_size
+    groups = torch.from_numpy(group_index(weight.shape[1], group_size))
     codes = grid.round(weight.T, groups, 2**spec.bits - 1)
     return _solution(weight, codes, grid, group_size, spec, None)
 
@@ -152,9 +154,9 @@ def _solution(
     stored: Tensor, codes: Tensor, grid: Grid, group_size: int, spec: QuantSpec, factor: Factor | None
 ) -> Solution:
     """The solution for the weight `stored` [out, in], its input scales divided out, and its codes [in, out]."""
-    groups = torch.arange(len(codes)) // group_size
+    groups = torch.from_numpy(group_index(len(codes), group_size))
     decoded = grid.decode(codes, groups).T.contiguous()
-    error = relative_error(stored, decoded, None if factor is None else factor.damped)
+    error = relative_error(stored, decoded, factor)
     scales = None if factor is None else factor.input_scales
     layer = QuantizedLinear(
         codes=_numpy(codes, np.uint8),
@@ -167,13 +169,16 @@ def _solution(
     return Solution(layer, decoded if scales is None else decoded * scales, error)
 
 
-def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None) -> float:
-    """tr(d H dᵀ) / tr(W H Wᵀ) with d = W - decoded; H is the identity when there is none."""
+def relative_error(weight: Tensor, decoded: Tensor, factor: Factor | None) -> float:
+    """tr(d H dᵀ) / tr(W H Wᵀ) with d = W - decoded and H undamped (SPEC 5.5); H is the identity without a factor."""
 
     def energy(w: Tensor) -> float:
-        return float(((w if hessian is None else w @ hessian) * w).sum(dtype=torch.float64))
+        if factor is None:
+            return float(w.square().sum(dtype=torch.float64))
+        damped = ((w @ factor.damped) * w).sum(dtype=torch.float64)
+        return float(damped - (w.square().sum(0) * factor.damping).sum(dtype=torch.float64))
 
-    return energy(weight - decoded) / max(energy(weight), 1e-30)
+    return max(energy(weight - decoded), 0.0) / max(energy(weight), 1e-30)
 
 
 def _numpy(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:

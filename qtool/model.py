@@ -8,7 +8,7 @@ or to pass through, it yields their inputs (`embed`) and turns their final outpu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,21 @@ class BlockwiseModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = checkpoint.config
-        with error_context(checkpoint.name):
-            self.skeleton: PreTrainedModel = build_skeleton(checkpoint.config)
+        self.skeleton = self._build()
+        if checkpoint.has_own_head(self.skeleton):
+            # config.json says that the head is the embedding, the weights say that it is not: the weights are right.
+            checkpoint.config.tie_word_embeddings = False
+            self.skeleton = self._build()
+        self.config = checkpoint.config.get_text_config()  # the language model's own, where it is one part of several
         self.block_list, self.blocks = find_blocks(self.skeleton)
-        checkpoint.bind(self.skeleton)
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+        self._blocks_return_tuples: bool | None = None  # known once one has run
+
+    def _build(self) -> PreTrainedModel:
+        with error_context(self.checkpoint.name):
+            skeleton = build_skeleton(self.checkpoint.config)
+        self.checkpoint.bind(skeleton)
+        return skeleton
 
     # ---- what is where
 
@@ -68,6 +77,21 @@ class BlockwiseModel:
         """Name -> module of every linear in block `index`."""
         name = self.block_name(index)
         return {f"{name}.{n}": m for n, m in self.blocks[index].named_modules() if is_linear(m)}
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the model has embeddings for."""
+        embedding: Any = self.skeleton.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
+    def check_tokens(self, ids: Tensor) -> None:
+        """Refuse ids that the model has no embedding for: the tokenizer is another model's."""
+        largest = int(ids.max())
+        if largest >= self.vocab_size:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: its tokenizer gives id {largest}, the model has {self.vocab_size} tokens; "
+                "give the model its own tokenizer"
+            )
 
     @property
     def max_seq_len(self) -> int | None:
@@ -114,19 +138,21 @@ class BlockwiseModel:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """The input [batch, seq, hidden] of the first block for token ids [batch, seq]; needs `outside`."""
+        if self._blocks_return_tuples is None:
+            self._blocks_return_tuples = self._probe(ids[:1, :2])
         calls: list[BlockCall] = []
         hidden: list[Tensor] = []
         last = len(self.blocks) - 1
 
-        def record(index: int) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 states = args[0] if args else kwargs["hidden_states"]
                 calls.append(BlockCall(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
                 if index == 0:
                     hidden.append(states)
                 if index == last:
                     raise _Stop(hidden[0])
-                return states  # type: ignore[no-any-return]
+                return self._as_block_output(states)
 
             return forward
 
@@ -147,6 +173,25 @@ class BlockwiseModel:
                     "besides the hidden states; architecture not supported"
                 )
 
+    def _probe(self, ids: Tensor) -> bool:
+        """Whether blocks return a tuple, by running the first on a few tokens: the model's forward relies on it."""
+        call: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call.append((args, kwargs))
+            raise _Stop(torch.empty(0))
+
+        with self._patched(lambda index: forward), suppress(_Stop):
+            self.skeleton(input_ids=ids, use_cache=False)
+        if not call:
+            raise CheckpointError(f"{self.checkpoint.name}: its blocks were not run; architecture not supported")
+        args, kwargs = call[0]
+        with self.block(0) as block:
+            return isinstance(block(*args, **kwargs), tuple)
+
+    def _as_block_output(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._blocks_return_tuples else hidden
+
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """The output of block `index`, in memory, for its input [batch, seq, hidden] seen by `embed`."""
@@ -158,15 +203,15 @@ class BlockwiseModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [batch, seq, vocab] of the last block's output; needs `outside(head=True)`."""
 
-        def replay(index: int) -> Callable[..., Tensor]:
-            return lambda *args, **kwargs: hidden
+        def replay(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._as_block_output(hidden)
 
         with self._patched(replay):
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
             return self.skeleton(input_ids=ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
     @contextmanager
-    def _patched(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+    def _patched(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         for index, block in enumerate(self.blocks):
             block.forward = forward(index)
         try:

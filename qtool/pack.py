@@ -23,15 +23,17 @@ def dense_section(values: Tensor, tensor: TensorPlan) -> bytes:
     return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def rounded_section(values: Tensor, tensor: TensorPlan) -> bytearray:
-    """An embedding rounded to nearest, a stripe of rows at a time: the parts are whole, the temporaries are not."""
+def rounded_section(values: Tensor, tensor: TensorPlan) -> tuple[bytearray, Tensor]:
+    """(section, decoded values) of an embedding rounded to nearest, a stripe of rows at a time."""
     assert tensor.spec is not None
     parts: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for rows in values.split(ROWS_AT_A_TIME):
+    decoded = torch.empty_like(values)
+    for rows, target in zip(values.split(ROWS_AT_A_TIME), decoded.split(ROWS_AT_A_TIME), strict=True):
         solution = rtn_quantize(rows, tensor.spec)
+        target.copy_(solution.decoded)
         for name, array in part_arrays(pack(solution.layer), tuple(rows.shape), tensor.encoding).items():
             parts.setdefault(name, []).append(array)
     section = bytearray(tensor.encoding.section_bytes(tensor.shape))
     for name, array in part_arrays(section, tensor.shape, tensor.encoding).items():
         np.concatenate(parts[name], out=array)
-    return section
+    return section, decoded

@@ -22,6 +22,7 @@ from calibration.corpus import calibration_windows
 from calibration.hessian import LayerStats
 from calibration.windows import TokenWindows
 from formats.encoding import encoding_of, pack
+from formats.errors import error_context
 from formats.loader import GENERATION_CONFIG
 from formats.skeleton import set_tensor
 from formats.writer import Writer
@@ -88,7 +89,7 @@ def draw_sample(model: BlockwiseModel, recipe: Recipe) -> TokenWindows:
     """The calibration windows of a recipe, cut to the model's context."""
     spec = recipe.calibration
     tokenizer = model.checkpoint.tokenizer()
-    return calibration_windows(
+    windows = calibration_windows(
         spec.source,
         lambda text: list(tokenizer(text, verbose=False).input_ids),
         n_samples=spec.samples,
@@ -97,6 +98,8 @@ def draw_sample(model: BlockwiseModel, recipe: Recipe) -> TokenWindows:
         text_field=spec.text_field,
         sample_self=sample_from(model),
     )
+    model.check_tokens(torch.from_numpy(windows.ids))
+    return windows
 
 
 def save_tokenizer(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -132,9 +135,12 @@ class _Run:
         names = self.model.outside_names()
         with self.model.materialised(names):
             for name in names:
-                self._write(self.plan[name], None)
+                decoded = self._write(self.plan[name])
+                if decoded is not None and windows is not None:
+                    set_tensor(self.model.skeleton, name, decoded)  # blocks are calibrated on what will be looked up
             if windows is None:
                 return []
+            self.model.skeleton.tie_weights()
             batch = max(1, TOKENS_PER_BATCH // windows.ids.shape[1])
             return [self.model.embed(ids) for ids in torch.from_numpy(windows.ids).split(batch)]
 
@@ -147,11 +153,11 @@ class _Run:
         tensors = [self.plan[name] for name in self.model.tensor_names(block)]
         for readers in _by_input([t for t in tensors if t.spec is not None], stats):
             for tensor, solution in self._solve(readers, stats.get(readers[0].layer)):
-                self._write(tensor, solution)
+                self._write_solution(tensor, solution)
                 bar.set_postfix_str(f"{tensor.layer.removeprefix(block)} error {solution.relative_error:.2e}")
         for tensor in tensors:
             if tensor.spec is None:
-                self._write(tensor, None)
+                self._write(tensor)
         if index + 1 < len(self.model.blocks):
             for states in hidden:
                 states.copy_(self.model.run(index, states))
@@ -162,15 +168,16 @@ class _Run:
         factor: Factor | None = None
         for tensor, weight in zip(readers, weights, strict=True):
             assert tensor.spec is not None
-            if tensor.spec.method == "rtn" or stats is None:
-                solution = rtn_quantize(weight, tensor.spec)
-                if tensor.spec.method != "rtn":
-                    self.report.uncalibrated.append(tensor.name)
-            else:
-                factor = factor or factorize(stats, weights, tensor.spec, tensor.name)
-                solution = gptq_quantize(weight, factor, tensor.spec)
-                if factor.percdamp > tensor.spec.percdamp:
-                    self.report.harder_damped[tensor.name] = factor.percdamp
+            with error_context(tensor.name):
+                if tensor.spec.method == "rtn" or stats is None:
+                    solution = rtn_quantize(weight, tensor.spec)
+                else:
+                    factor = factor or factorize(stats, weights, tensor.spec, tensor.name)
+                    solution = gptq_quantize(weight, factor, tensor.spec)
+            if stats is None and tensor.spec.method != "rtn":
+                self.report.uncalibrated.append(tensor.name)
+            if factor is not None and factor.percdamp > tensor.spec.percdamp:
+                self.report.harder_damped[tensor.name] = factor.percdamp
             decoded = solution.decoded.T.contiguous() if tensor.transposed else solution.decoded
             set_tensor(self.model.skeleton, tensor.name, decoded)
             yield tensor, solution
@@ -180,13 +187,19 @@ class _Run:
         weight = find_tensor(self.model.skeleton, tensor.name)
         return weight.T if tensor.transposed else weight
 
-    def _write(self, tensor: TensorPlan, solution: Solution | None) -> None:
-        """STAGE 5, pack: append a tensor to the file."""
-        if solution is None:
-            values = find_tensor(self.model.skeleton, tensor.name)
-            data = dense_section(values, tensor) if tensor.spec is None else rounded_section(values, tensor)
-            self.writer.add_tensor(tensor.name, tensor.shape, tensor.encoding, data)
-            return
+    def _write(self, tensor: TensorPlan) -> Tensor | None:
+        """STAGE 5, pack: append a tensor that no solver touches; returns its decoded values if it was rounded."""
+        values, decoded = find_tensor(self.model.skeleton, tensor.name), None
+        if tensor.spec is None:
+            section: Any = dense_section(values, tensor)
+        else:
+            with error_context(tensor.name):
+                section, decoded = rounded_section(values, tensor)
+        self.writer.add_tensor(tensor.name, tensor.shape, tensor.encoding, section)
+        return decoded
+
+    def _write_solution(self, tensor: TensorPlan, solution: Solution) -> None:
+        """STAGE 5, pack: append a layer that was solved."""
         self.report.relative_errors[tensor.name] = solution.relative_error
         self.writer.add_tensor(
             tensor.name,
@@ -213,8 +226,12 @@ def _header(
     """The free objects of the file's header. No time stamps and no paths: the same run gives the same bytes."""
     checkpoint = model.checkpoint
     config = json.loads(checkpoint.config.to_json_string(use_diff=False))
-    calibration = recipe.to_dict().pop("calibration")
-    calibration["source"] = windows.source if windows else None
+    values = recipe.to_dict()
+    if windows is None:
+        values["calibration"] = None
+    else:  # as it was drawn: windows end at the model's context
+        samples, seq_len = windows.ids.shape
+        values["calibration"] |= {"source": windows.source, "samples": samples, "seq_len": seq_len}
     return {
         "model": {
             "model_type": checkpoint.config.model_type,
@@ -222,7 +239,7 @@ def _header(
             "blocks": model.block_list,
             "config": {k: v for k, v in config.items() if k not in LEFT_OUT_OF_CONFIG},
         },
-        "recipe": {**recipe.to_dict(), "calibration": calibration},
+        "recipe": values,
         "provenance": {
             "qtool": qtool.__version__,
             "torch": torch.__version__,

@@ -49,10 +49,9 @@ def plan_tensors(model: BlockwiseModel, recipe: Recipe) -> list[TensorPlan]:
 
 
 def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: bool) -> TensorPlan:
-    owner, leaf = split_name(name)
-    module = model.skeleton.get_submodule(owner)
+    module = model.skeleton.get_submodule(split_name(name)[0])
     shape = tuple(find_tensor(model.skeleton, name).shape)
-    spec, reason = _spec_for(module, leaf, shape, recipe, in_block, is_head=_is_head(model, name))
+    spec, reason = _spec_for(module, name, shape, recipe, in_block, is_head=_is_head(model, name))
     transposed = spec is not None and is_transposed_linear(module)
     if transposed:
         shape = shape[::-1]
@@ -62,7 +61,7 @@ def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: 
             bits=spec.bits,
             group_size=spec.groups_of(shape[1]),
             symmetric=spec.symmetric,
-            input_scales=spec.input_scales and spec.method != "rtn",
+            input_scales=spec.input_scales,
         )
     return TensorPlan(
         name=name,
@@ -76,19 +75,19 @@ def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: 
 
 
 def _spec_for(
-    module: nn.Module, leaf: str, shape: tuple[int, ...], recipe: Recipe, in_block: bool, *, is_head: bool
+    module: nn.Module, name: str, shape: tuple[int, ...], recipe: Recipe, in_block: bool, *, is_head: bool
 ) -> tuple[QuantSpec | None, str]:
     """(how to quantize the tensor, or None; why it is left dense, or nothing)."""
+    leaf = split_name(name)[1]
     if len(shape) < 2:
         return None, "norm, bias or other vector"
     if leaf == "weight" and in_block and is_linear(module):
         return recipe.linears, ""
     if leaf == "weight" and not in_block and (isinstance(module, nn.Embedding) or is_head):
-        is_positional = isinstance(module, nn.Embedding) and not is_head
-        if recipe.embedding_spec is None:
-            return None, "embedding, left by --embeddings 16"
-        return (None, "position table") if is_positional else (recipe.embedding_spec, "")
-    if len(shape) == 3 and in_block:
+        if not is_head:
+            return None, "embedding of something else than tokens"
+        return recipe.embedding_spec, "" if recipe.embedding_spec else "embedding, left by --embeddings 16"
+    if len(shape) == 3 and "experts" in name:
         return None, "fused 3-D experts: not supported yet"
     return None, "not a linear layer of a block" if in_block else "linear layer outside the blocks"
 

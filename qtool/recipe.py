@@ -34,6 +34,10 @@ class QuantSpec:
         if not 0 < self.percdamp < 10:
             raise ConfigError(f"percdamp={self.percdamp}: must be above 0 and below 10")
 
+        if self.method == "rtn":  # these steer the solver: a file must not claim what was not done
+            for option in ("act_order", "scale_search", "input_scales"):
+                object.__setattr__(self, option, False)
+
     def groups_of(self, in_features: int) -> int:
         """The group size for a row of `in_features`: never longer than the row."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)

@@ -44,7 +44,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 def format_inspection(found: dict[str, Any], *, tensors: bool) -> str:
     """The same for people: a few lines, and with `tensors` one line for each."""
     recipe, rows = found["recipe"], found["tensors"]
-    linears, calibration = recipe.get("linears", {}), recipe.get("calibration", {})
+    linears, calibration = recipe.get("linears", {}), recipe.get("calibration") or {}
     lines = [
         f"model            {found['model_type']}, {found['parameters']:,} parameters",
         f"file             {format_bytes(found['file_bytes'])}, format {found['format_version']}",

@@ -50,6 +50,6 @@ def _start_token(model: BlockwiseModel) -> int:
         token = getattr(model.config, name, None)
         if isinstance(token, list):
             token = token[0] if token else None
-        if token is not None and 0 <= token < model.config.vocab_size:
+        if token is not None and 0 <= token < model.vocab_size:
             return int(token)
     return 0

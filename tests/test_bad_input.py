@@ -20,8 +20,10 @@ from tiny import make_model
 import formats.writer
 import qtool as api
 import qtool.pipeline
+from formats.encoding import part_arrays
 from formats.errors import FormatError
 from formats.reader import QtmFile
+from formats.writer import Writer
 
 WEIGHTS = "model.safetensors"
 
@@ -62,7 +64,7 @@ def edit_weights(model, change):
 
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere/at/all.gguf", "model.qtm"])
 def test_path_that_does_not_exist(refuse, name):
-    assert refuse(name) == f"{name}: no such file or folder"
+    assert refuse(name) == f"{name}: no such file or folder; a model of the hub is named org/name"
 
 
 def test_file_that_is_no_model(refuse, tmp_path):
@@ -393,7 +395,7 @@ def test_interrupted_while_solving(refuse, tiny_files, monkeypatch):
         return solve(*args, **kwargs)
 
     monkeypatch.setattr(qtool.pipeline, "gptq_quantize", interrupted)
-    assert refuse(tiny_files.model("llama")) == "interrupted; no file was written"
+    assert refuse(tiny_files.model("llama")) == "interrupted; nothing was left behind"
 
 
 def test_interrupted_by_a_signal(tiny_files, output):
@@ -419,7 +421,7 @@ def test_interrupted_by_a_signal(tiny_files, output):
     finally:
         process.kill()
     assert (process.returncode, stdout) == (1, "")
-    assert stderr.splitlines()[-1] == "Error: interrupted; no file was written"
+    assert stderr.splitlines()[-1] == "Error: interrupted; nothing was left behind"
     assert "Traceback" not in stderr
     assert os.listdir(output.parent) == []
 
@@ -487,7 +489,7 @@ def test_export_to_a_full_disk(tiny_files, tmp_path, monkeypatch):
 
 def test_generate_from_a_folder(tiny_files):
     folder = tiny_files.model("llama")
-    assert refusal("generate", folder, "--prompt", "a") == f"{folder}: no such file"
+    assert refusal("generate", folder, "--prompt", "a") == f"{folder}: a folder; give a .qtm file"
 
 
 def test_export_to_a_folder_that_exists(tiny_files, tmp_path):
@@ -496,10 +498,20 @@ def test_export_to_a_folder_that_exists(tiny_files, tmp_path):
     (folder / "notes").write_text("precious")
     arguments = ("export", file, "--to", "dense", "-o", folder)
     assert refusal(*arguments) == f"{folder}: exists already; give another folder or --force"
+    assert "is not a model folder and is not replaced, even with --force" in refusal(*arguments, "--force")
     assert [path.name for path in folder.iterdir()] == ["notes"]
+    (folder / "notes").rename(folder / "config.json")
     assert run_qtool(*arguments, "--force").exit_code == 0
-    assert not (folder / "notes").exists()
+    assert (folder / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_export_never_replaces_the_working_directory(tiny_files, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    message = refusal("export", tiny_files.compressed("llama"), "--to", "dense", "-o", ".", "--force")
+    assert "holds the working directory" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_export_over_a_file(tiny_files, tmp_path):
@@ -543,7 +555,7 @@ def test_file_that_is_none_of_ours(tmp_path, command):
 def test_file_that_does_not_exist(tmp_path, command):
     path = tmp_path / "nowhere.qtm"
     assert refusal(command, path, *COMMANDS[command]).lower() == f"{str(path).lower()}: no such file" + (
-        "" if command == "generate" else " or directory"
+        "; give a .qtm file" if command == "generate" else " or directory"
     )
 
 
@@ -594,3 +606,43 @@ def test_flipped_bit_anywhere_is_found(tiny_files, tmp_path):
     for at in range(0, len(data), len(data) // 40):
         path.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
         assert run_qtool("verify", path).exit_code == 1, at
+
+
+# ---- models and files that do not fit together
+
+
+def test_tokenizer_of_another_model(refuse, model):
+    """Its ids reach beyond the embedding."""
+    edit_config(model, vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    edit_weights(model, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:100].clone()}))
+    message = refuse(model)
+    assert "its tokenizer gives id " in message
+    assert "the model has 100 tokens; give the model its own tokenizer" in message
+
+
+def test_a_weight_beyond_fp16_scales_names_the_layer(refuse, model):
+    edit_weights(model, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e9))
+    message = refuse(model, "--method", "rtn")
+    assert message == "model.layers.1.mlp.up_proj.weight: a scale is NaN or infinite (SPEC 7.6)"
+
+
+def test_a_compressed_file_is_not_compressed_again(refuse, tiny_files):
+    file = tiny_files.compressed("llama")
+    assert refuse(file) == f"{file}: already compressed; give the original model"
+
+
+def test_spec_7_6_a_load_refuses_an_infinite_scale(tiny_files, tmp_path):
+    """The checksums are right: only the check at decoding can see it."""
+    path = tmp_path / "bad.qtm"
+    with QtmFile.open(tiny_files.compressed("llama")) as file, Writer(path) as writer:
+        for entry in file.tensors.values():
+            section = bytearray(file.section(entry))
+            if entry.name == "model.layers.0.mlp.up_proj.weight":
+                part_arrays(section, entry.shape, entry.encoding)["scales"][3, 0] = float("inf")
+            writer.add_tensor(entry.name, entry.shape, entry.encoding, section)
+        for name in file.files:
+            writer.add_file(name, file.read_file(name))
+        header = file.header
+        writer.finish(model=header.model, recipe={}, provenance={}, quality={})
+    message = refusal("generate", path, "--prompt", "a")
+    assert "tensor 'model.layers.0.mlp.up_proj.weight': a scale is NaN or infinite (SPEC 7.6)" in message

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from blockwise import blockwise_logits, some_ids
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from invoke import qtool_json, refusal, run_qtool
 from safetensors.torch import load_file, save_file
 from tiny import load_reference, make_model
@@ -133,11 +133,12 @@ def hub_answers(monkeypatch, error):
 
 def test_hub_id_offline(monkeypatch, tmp_path):
     asked = hub_answers(monkeypatch, LocalEntryNotFoundError("cannot find it in the cache\nand no network"))
-    message = refusal("compress", "org/name", "-o", tmp_path / "out.qtm")
-    assert message == (
-        "org/name: no such folder here, and the hub cannot be reached (offline?); give the path of a local model"
-    )
-    assert asked == ["org/name"]
+    for name in ("org/name", "Qwen/Qwen2.5-0.5B"):  # a version number is not a file suffix
+        message = refusal("compress", name, "-o", tmp_path / "out.qtm")
+        assert message == (
+            f"{name}: no such folder here, and the hub cannot be reached (offline?); give the path of a local model"
+        )
+    assert asked == ["org/name", "Qwen/Qwen2.5-0.5B"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,6 +156,13 @@ def test_hub_id_that_does_not_exist(monkeypatch, tmp_path):
     assert message == "org/name: no such folder here and no such model on the hub"
 
 
+def test_hub_id_behind_terms(monkeypatch, tmp_path):
+    response = SimpleNamespace(headers={}, request=None)
+    hub_answers(monkeypatch, GatedRepoError("403", response=response))
+    message = refusal("compress", "org/name", "-o", tmp_path / "out.qtm")
+    assert message.startswith("org/name: the hub gives this model only to those who accepted its terms")
+
+
 def test_hub_id_in_the_cache(tiny_files, monkeypatch, tmp_path):
     hub_answers(monkeypatch, tiny_files.model("llama"))
     file = compress(tiny_files, "org/name", tmp_path / "out.qtm")
@@ -164,7 +172,9 @@ def test_hub_id_in_the_cache(tiny_files, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["./org/name", "/org/name", "a/b/c", "name", "model.qtm", "org/name.gguf"])
 def test_what_looks_like_a_path_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
     asked = hub_answers(monkeypatch, LocalEntryNotFoundError("offline"))
-    assert refusal("compress", name, "-o", tmp_path / "out.qtm") == f"{name}: no such file or folder"
+    assert refusal("compress", name, "-o", tmp_path / "out.qtm") == (
+        f"{name}: no such file or folder; a model of the hub is named org/name"
+    )
     assert asked == []
 
 
@@ -291,3 +301,39 @@ def test_stored_tensors_that_the_config_does_not_use_are_named(tiny_files, tmp_p
     result = run_qtool("compress", folder, "-o", tmp_path / "cut.qtm", *tiny_files.compress_options())
     assert result.exit_code == 0, result.output
     assert "9 stored tensors are not part of the model that config.json describes: model.layers.2." in result.stderr
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_kept(tiny_files, tmp_path):
+    """As after fine-tuning the head alone: transformers unties then, and so do we."""
+    folder = shutil.copytree(tiny_files.model("llama"), tmp_path / "own-head")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    want = load_reference(folder)(some_ids()).logits
+    assert torch.allclose(blockwise_logits(folder, some_ids()), want, atol=1e-5)
+    file = QtmFile.open(compress(tiny_files, folder, tmp_path / "own-head.qtm", "--bits", "8"))
+    assert "lm_head.weight" in file.tensors
+    assert (api.load(tmp_path / "own-head.qtm")(some_ids()).logits - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_a_tied_embedding_stored_under_the_heads_name_only(tiny_files, tmp_path):
+    folder = shutil.copytree(tiny_files.model("llama"), tmp_path / "head-only")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    want = load_reference(tiny_files.model("llama"))(some_ids()).logits
+    assert torch.allclose(blockwise_logits(folder, some_ids()), want, atol=1e-5)
+    file = QtmFile.open(compress(tiny_files, folder, tmp_path / "head-only.qtm"))
+    assert "model.embed_tokens.weight" in file.tensors
+    assert "lm_head.weight" not in file.tensors
+
+
+def test_the_recipe_in_the_file_is_what_was_done(tiny_files, tmp_path):
+    """Windows end at the model's context of 128; round to nearest calibrates nothing and orders nothing."""
+    file = QtmFile.open(compress(tiny_files, tiny_files.model("llama"), tmp_path / "a.qtm", "--seq-len", "2048"))
+    assert (file.header.recipe["calibration"]["samples"], file.header.recipe["calibration"]["seq_len"]) == (4, 128)
+    rtn = QtmFile.open(
+        compress(tiny_files, tiny_files.model("llama"), tmp_path / "b.qtm", "--method", "rtn")
+    ).header.recipe
+    assert rtn["calibration"] is None
+    assert not any(rtn["linears"][option] for option in ("act_order", "scale_search", "input_scales"))

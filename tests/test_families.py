@@ -153,8 +153,9 @@ def test_what_is_tied_is_stored_once(tiny_files):
     [
         ("qwen2", {"model.layers.0.self_attn.q_proj.bias": "norm, bias or other vector"}),
         ("qwen3", {"model.layers.0.self_attn.q_norm.weight": "norm, bias or other vector"}),
-        ("gpt2", {"transformer.wpe.weight": "position table", "transformer.h.0.mlp.c_fc.bias": None}),
-        ("opt", {"model.decoder.embed_positions.weight": "position table",
+        ("gpt2", {"transformer.wpe.weight": "embedding of something else than tokens",
+                  "transformer.h.0.mlp.c_fc.bias": None}),
+        ("opt", {"model.decoder.embed_positions.weight": "embedding of something else than tokens",
                  "model.decoder.project_in.weight": "linear layer outside the blocks"}),
         ("mixtral", {"model.layers.0.mlp.experts.gate_up_proj": "fused 3-D experts: not supported yet",
                      "model.layers.0.mlp.experts.down_proj": "fused 3-D experts: not supported yet"}),

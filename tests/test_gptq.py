@@ -9,7 +9,7 @@ import torch
 from calibration.hessian import LayerStats
 from formats.layer import dequantize
 from qtool.errors import QuantizeError
-from qtool.gptq import _round_columns, factorize, fit_input_scales, gptq_quantize, relative_error, rtn_quantize
+from qtool.gptq import _round_columns, factorize, fit_input_scales, gptq_quantize, rtn_quantize
 from qtool.grid import Grid, fit_grid
 from qtool.recipe import QuantSpec
 
@@ -23,6 +23,12 @@ def make_layer(rows: int = 24, columns: int = 40, seed: int = 0) -> tuple[torch.
     mix = torch.randn(columns, columns, generator=generator) * torch.linspace(0.1, 3, columns)
     x = torch.randn(500, columns, generator=generator) @ mix
     return weight, LayerStats(x.T @ x / 500, 500)
+
+
+def output_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:
+    """SPEC 5.5 in float64."""
+    w, d, h = weight.double(), (weight - decoded).double(), hessian.double()
+    return (torch.trace(d @ h @ d.T) / torch.trace(w @ h @ w.T)).item()
 
 
 def solve_slowly(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, group_size: int, bits: int) -> torch.Tensor:
@@ -78,9 +84,9 @@ def test_every_step_lowers_the_output_error_on_this_layer():
             {"act_order": True, "scale_search": True, "input_scales": True},
         )
     ]
-    rtn = relative_error(weight, rtn_quantize(weight, PLAIN).decoded, stats.hessian)
+    rtn = output_error(weight, rtn_quantize(weight, PLAIN).decoded, stats.hessian)
     errors = [rtn] + [
-        relative_error(weight, gptq_quantize(weight, factorize(stats, [weight], s, "l"), s).decoded, stats.hessian)
+        output_error(weight, gptq_quantize(weight, factorize(stats, [weight], s, "l"), s).decoded, stats.hessian)
         for s in ladder
     ]
     assert errors == sorted(errors, reverse=True)
@@ -96,6 +102,16 @@ def test_decoded_is_what_the_file_decodes_to(symmetric, input_scales):
     assert np.array_equal(dequantize(solved.layer), solved.decoded.numpy())
     assert solved.layer.symmetric == symmetric
     assert 0 < solved.relative_error < 0.05
+
+
+@pytest.mark.parametrize("percdamp", [1e-4, 0.01, 1.0])
+@pytest.mark.parametrize("input_scales", [False, True])
+def test_spec_5_5_the_error_recorded_is_that_of_the_undamped_hessian(input_scales, percdamp):
+    weight, stats = make_layer()
+    stats.hessian[4] = stats.hessian[:, 4] = 0  # an input that never fires costs nothing
+    spec = QuantSpec(bits=3, group_size=16, input_scales=input_scales, percdamp=percdamp)
+    solved = gptq_quantize(weight, factorize(stats, [weight], spec, "layer"), spec)
+    assert solved.relative_error == pytest.approx(output_error(weight, solved.decoded, stats.hessian), rel=1e-3)
 
 
 def test_act_order_rounds_the_most_active_input_first():

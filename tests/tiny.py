@@ -41,6 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 16,  # linears outside the blocks
     },
     "gpt2": {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},  # Conv1D
+    "gptj": {
+        **TOKENS,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        "rotary_dim": 4,
+    },  # blocks give tuples
     "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
 }
 EXPERTS = {"mixtral": {**SIZES, "num_local_experts": 4}}  # fused 3-D expert tensors

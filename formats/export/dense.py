@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +26,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> list[str]:
     """Write the folder and return the names of its files. float32 holds the decoded values exactly.
 
-    Raises FormatError when the folder exists and is not to be overwritten. It appears whole or not at all.
+    It appears whole or not at all. Raises FormatError when the folder exists, and with `overwrite` when it does
+    not look like a model's: nothing but an earlier export is ever replaced.
     """
-    if folder.exists() and not overwrite:
-        raise FormatError(f"{folder}: exists already; give another folder or --force")
+    folder = folder.resolve()
+    if folder.exists():
+        _check_replaceable(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         part = Path(scratch) / "part"
@@ -44,9 +45,20 @@ def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwri
         for name in file.files:
             (part / name).write_bytes(file.read_file(name))
         if folder.exists():
-            shutil.rmtree(folder)
+            os.rename(folder, Path(scratch) / "replaced")
         os.rename(part, folder)
     return sorted(path.name for path in folder.iterdir())
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise FormatError(f"{folder}: exists already; give another folder or --force")
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise FormatError(f"{folder}: holds the working directory and is not replaced; give another folder")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    is_model = any(path.name == "config.json" for path in entries) and all(path.is_file() for path in entries)
+    if not folder.is_dir() or (entries and not is_model):
+        raise FormatError(f"{folder}: is not a model folder and is not replaced, even with --force; give another")
 
 
 def _write_weights(file: QtmFile, folder: Path, dtype: torch.dtype) -> None:
