@@ -10,26 +10,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from formats.encoding import WORD_BITS, plane_widths, row_words
 from formats.errors import FormatError
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 U32: TypeAlias = npt.NDArray[np.uint32]
-
-MIN_BITS = 2
-MAX_BITS = 8
-WORD_BITS = 32
-
-
-def plane_widths(bits: int) -> tuple[int, ...]:
-    """Widths of the planes of a code, widest first: the powers of two that add up to `bits` (SPEC 7.4.1)."""
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise FormatError(f"bits={bits}: must be {MIN_BITS} to {MAX_BITS} (SPEC 7.3)")
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
-
-
-def row_words(n: int, width: int) -> int:
-    """32-bit words that hold one row of `n` fields of `width` bits (SPEC 7.4.2)."""
-    return -(-n * width // WORD_BITS)
 
 
 def pack_codes(codes: U8, bits: int) -> list[U32]:

@@ -1,4 +1,7 @@
-"""A tensor as the bytes of its section (SPEC 7): where each part lies, packing and unpacking."""
+"""How a tensor is stored (SPEC 7): its encoding, and where each part lies in its section.
+
+Without numpy, whose import takes longer than listing a file: `formats.section` has what touches arrays.
+"""
 
 import dataclasses
 import functools
@@ -6,23 +9,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from formats.bitpack import (
-    MAX_BITS,
-    MIN_BITS,
-    has_unused_bits,
-    pack_codes,
-    plane_widths,
-    row_words,
-    unpack_codes,
-)
 from formats.errors import FormatError
-from formats.layer import QuantizedLinear
 from formats.strict_json import brief
+
+if TYPE_CHECKING:
+    from formats.layer import QuantizedLinear
+
+MIN_BITS = 2
+MAX_BITS = 8
+WORD_BITS = 32
 
 PART_ALIGNMENT = 64
 # bf16 has no numpy type: its two bytes are carried as u16 (`dense_to_float32` widens them).
@@ -38,13 +35,13 @@ class Part:
     """One array inside a section; `offset_bytes` counts from the start of the section."""
 
     name: str
-    dtype: str
+    dtype: str  # as numpy writes it; it ends with the size of an item: <u4, <f2
     shape: Shape
     offset_bytes: int
 
     @property
     def n_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * int(self.dtype[2:])
 
     @property
     def end_bytes(self) -> int:
@@ -140,6 +137,18 @@ class Uniform(Encoding):
 ENCODINGS: dict[str, type[Dense] | type[Uniform]] = {kind.name: kind for kind in (Dense, Uniform)}
 
 
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths of the planes of a code, widest first: the powers of two that add up to `bits` (SPEC 7.4.1)."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise FormatError(f"bits={bits}: must be {MIN_BITS} to {MAX_BITS} (SPEC 7.3)")
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def row_words(n: int, width: int) -> int:
+    """32-bit words that hold one row of `n` fields of `width` bits (SPEC 7.4.2)."""
+    return -(-n * width // WORD_BITS)
+
+
 def align(offset_bytes: int, alignment: int) -> int:
     """The next multiple of `alignment` at or after `offset_bytes`."""
     return -(-offset_bytes // alignment) * alignment
@@ -167,7 +176,7 @@ def encoding_from_fields(entry: Mapping[str, Any]) -> Dense | Uniform:
     return kind(**values)
 
 
-def encoding_of(layer: QuantizedLinear) -> Uniform:
+def encoding_of(layer: "QuantizedLinear") -> Uniform:
     """The encoding that stores this layer exactly."""
     return Uniform(
         bits=layer.bits,
@@ -175,86 +184,3 @@ def encoding_of(layer: QuantizedLinear) -> Uniform:
         symmetric=layer.symmetric,
         input_scales=layer.input_scales is not None,
     )
-
-
-def part_arrays(data: Data, shape: Shape, encoding: Encoding) -> dict[str, npt.NDArray[Any]]:
-    """The parts of a section by name, as views of `data`: no copy."""
-    if len(data) != encoding.section_bytes(shape):
-        raise FormatError(f"{len(data)} bytes, must be {encoding.section_bytes(shape)} (SPEC 5.4)")
-    return {
-        part.name: np.frombuffer(data, part.dtype, math.prod(part.shape), part.offset_bytes).reshape(part.shape)
-        for part in encoding.parts(shape)
-    }
-
-
-def pack(layer: QuantizedLinear) -> bytes:
-    """The section of a layer under `encoding_of(layer)`; `unpack` returns the same layer, bit for bit."""
-    encoding = encoding_of(layer)
-    values: dict[str, npt.NDArray[Any]] = {"scales": layer.scales}
-    values |= zip(encoding.plane_names("codes"), pack_codes(layer.codes, layer.bits), strict=True)
-    if layer.zeros is not None:
-        zeros = layer.zeros.reshape(1, -1)  # as one row: a row of G zeros alone would be padded to a word
-        values |= zip(encoding.plane_names("zeros"), pack_codes(zeros, layer.bits), strict=True)
-    if layer.input_scales is not None:
-        values["input_scales"] = layer.input_scales
-    shape = (layer.out_features, layer.in_features)
-    section = bytearray(encoding.section_bytes(shape))
-    for name, array in part_arrays(section, shape, encoding).items():
-        array[...] = values[name]
-    return bytes(section)
-
-
-def unpack(data: Data, shape: Shape, encoding: Uniform) -> QuantizedLinear:
-    """The layer of a `uniform` section; its arrays are copies and outlive `data`."""
-    arrays = part_arrays(data, shape, encoding)
-    scales = arrays["scales"].astype(np.float16)  # [out, G]
-
-    def integers(field: str, n: int) -> npt.NDArray[np.uint8]:
-        return unpack_codes([arrays[name] for name in encoding.plane_names(field)], encoding.bits, n)
-
-    return QuantizedLinear(
-        codes=integers("codes", shape[1]),
-        scales=scales,
-        zeros=None if encoding.symmetric else integers("zeros", scales.size).reshape(scales.shape),
-        bits=encoding.bits,
-        group_size=encoding.group_size,
-        input_scales=arrays["input_scales"].astype(np.float16) if encoding.input_scales else None,
-    )
-
-
-def dense_to_float32(data: Data, shape: Shape, dtype: str) -> npt.NDArray[np.float32]:
-    """The values of a `dense` section as float32, exact for every stored type.  -> `shape` f32, a copy"""
-    raw = part_arrays(data, shape, Dense(dtype))["values"]
-    if dtype == "BF16":  # a bf16 is the upper half of a float32
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return raw.astype(np.float32)
-
-
-def check_section(data: Data, shape: Shape, encoding: Encoding) -> None:
-    """What a hash cannot tell: zero gaps and unused bits, finite scales (SPEC 4.3, 7.4.4, 7.6)."""
-    arrays = part_arrays(data, shape, encoding)
-    end = 0
-    for part in encoding.parts(shape):
-        if any(data[end : part.offset_bytes]):
-            raise FormatError(f"bytes before part {part.name!r} are not zero (SPEC 4.3)")
-        end = part.end_bytes
-    if isinstance(encoding, Uniform):
-        _check_uniform(arrays, shape, encoding)
-
-
-def check_scales(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """SPEC 7.6, for the parts of a `uniform` section."""
-    if not np.isfinite(arrays["scales"]).all():
-        raise FormatError("a scale is NaN or infinite (SPEC 7.6)")
-    inputs = arrays.get("input_scales", np.ones(1, np.float16))
-    if not (np.isfinite(inputs) & (inputs > 0)).all():
-        raise FormatError("an input scale is NaN, infinite or not above 0 (SPEC 7.6)")
-
-
-def _check_uniform(arrays: Mapping[str, npt.NDArray[Any]], shape: Shape, encoding: Uniform) -> None:
-    check_scales(arrays)
-    lengths = {"codes": shape[1]} | ({} if encoding.symmetric else {"zeros": arrays["scales"].size})
-    for field, n in lengths.items():
-        for name, width in zip(encoding.plane_names(field), plane_widths(encoding.bits), strict=True):
-            if has_unused_bits(arrays[name], width, n):
-                raise FormatError(f"part {name!r}: bits behind the last code are not zero (SPEC 7.4.4)")

@@ -6,7 +6,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from formats.bitpack import MAX_BITS, MIN_BITS, U8
+from formats.bitpack import U8
+from formats.encoding import MAX_BITS, MIN_BITS
 from formats.errors import FormatError
 
 # numpy array, numpy scalar or torch tensor: whatever has `-` and `*`.

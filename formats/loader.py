@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from formats.encoding import Dense, Uniform, check_scales, part_arrays
+from formats.encoding import Dense, Uniform
 from formats.errors import FormatError, error_context
 from formats.header import TensorEntry
 from formats.kernels.cpu import decode_uniform, unpack_zeros
 from formats.reader import QtmFile
+from formats.section import check_scales, part_arrays
 from formats.skeleton import build_skeleton, config_from_dict, is_linear, parameter_names, set_tensor, split_name
 
 GENERATION_CONFIG = "generation_config.json"

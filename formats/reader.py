@@ -1,5 +1,7 @@
 """Read a `.qtm` file: map it, check its header at once and each section when it is first touched (SPEC 9)."""
 
+from __future__ import annotations
+
 import hashlib
 import mmap
 import os
@@ -7,15 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from formats.encoding import Dense, Uniform, align, check_section, dense_to_float32, unpack
+from formats.encoding import Dense, Uniform, align
 from formats.errors import FormatError, error_context
 from formats.header import SECTION_ALIGNMENT, FileEntry, Header, Section, TensorEntry, parse_header
-from formats.layer import QuantizedLinear
 from formats.preamble import PREAMBLE_BYTES, VERSION, read_header_bytes, read_preamble
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from formats.layer import QuantizedLinear
 
 
 class QtmFile:
@@ -36,7 +41,7 @@ class QtmFile:
         self.files: dict[str, FileEntry] = {entry.name: entry for entry in self.header.files}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], check: bool = True) -> "QtmFile":
+    def open(cls, path: str | os.PathLike[str], check: bool = True) -> QtmFile:
         """Map a file; `check=False` leaves out the SHA-256 of sections, never that of the header."""
         with open(path, "rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
@@ -44,7 +49,7 @@ class QtmFile:
                 return cls(file.read(PREAMBLE_BYTES), str(path), check)
             return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path), check)
 
-    def __enter__(self) -> "QtmFile":
+    def __enter__(self) -> QtmFile:
         return self
 
     def __exit__(
@@ -75,6 +80,8 @@ class QtmFile:
 
     def layer(self, name: str) -> QuantizedLinear:
         """A `uniform` tensor as a layer; its arrays are copies."""
+        from formats.section import unpack  # here, so that to list a file does not import numpy
+
         entry = self._tensor(name)
         if not isinstance(entry.encoding, Uniform):
             raise FormatError(f"{self.label}: {entry.label} is {entry.encoding.name}, not uniform")
@@ -84,6 +91,8 @@ class QtmFile:
 
     def dense(self, name: str) -> npt.NDArray[np.float32]:
         """A `dense` tensor in its shape as float32; a copy."""
+        from formats.section import dense_to_float32
+
         entry = self._tensor(name)
         if not isinstance(entry.encoding, Dense):
             raise FormatError(f"{self.label}: {entry.label} is {entry.encoding.name}, not dense")
@@ -134,6 +143,8 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
 
 def verify_file(file: QtmFile) -> VerifyReport:
     """As `verify`, for a file that is open (with `check=True`); memory stays that of the largest section."""
+    from formats.section import check_section
+
     file.check_padding()
     for section in file.header.sections():
         data = file.section(section)

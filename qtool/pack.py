@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.encoding import Dense, pack, part_arrays
+from formats.encoding import Dense
+from formats.section import pack, part_arrays
 from qtool.gptq import rtn_quantize
 from qtool.plan import TensorPlan
 

@@ -21,9 +21,10 @@ from calibration.capture import HessianCapture
 from calibration.corpus import calibration_windows
 from calibration.hessian import LayerStats
 from calibration.windows import TokenWindows
-from formats.encoding import encoding_of, pack
+from formats.encoding import encoding_of
 from formats.errors import error_context
 from formats.loader import GENERATION_CONFIG
+from formats.section import pack
 from formats.skeleton import set_tensor
 from formats.writer import Writer
 from qtool.checkpoint import Checkpoint, find_tensor

@@ -20,9 +20,9 @@ from tiny import make_model
 import formats.writer
 import qtool as api
 import qtool.pipeline
-from formats.encoding import part_arrays
 from formats.errors import FormatError
 from formats.reader import QtmFile
+from formats.section import part_arrays
 from formats.writer import Writer
 
 WEIGHTS = "model.safetensors"

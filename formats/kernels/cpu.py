@@ -11,8 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from formats.bitpack import plane_widths
-from formats.encoding import Uniform
+from formats.encoding import Uniform, plane_widths
 
 # Per plane width: the word that one packed byte becomes, and the (shift, mask) steps that spread its fields
 # over the word's bytes, lowest field in the lowest byte.

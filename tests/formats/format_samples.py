@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from formats.encoding import Dense, encoding_of, pack
+from formats.encoding import Dense, encoding_of
 from formats.layer import QuantizedLinear
+from formats.section import pack
 from formats.writer import Writer
 
 MEMBERS: dict[str, Any] = {

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.bitpack import has_unused_bits, pack_codes, plane_widths, row_words, unpack_codes
+from formats.bitpack import has_unused_bits, pack_codes, unpack_codes
+from formats.encoding import plane_widths, row_words
 from formats.errors import FormatError
 
 ALL_BITS = range(2, 9)

@@ -4,19 +4,10 @@ from format_samples import make_layer, same_layer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.encoding import (
-    Dense,
-    Uniform,
-    check_section,
-    dense_to_float32,
-    encoding_from_fields,
-    encoding_of,
-    pack,
-    part_arrays,
-    unpack,
-)
+from formats.encoding import Dense, Uniform, encoding_from_fields, encoding_of
 from formats.errors import FormatError
 from formats.layer import QuantizedLinear
+from formats.section import check_section, dense_to_float32, pack, part_arrays, unpack
 
 
 def test_spec_7_1_parts_of_three_bits_by_hand():

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import formats.writer
-from formats.encoding import Dense, Uniform, encoding_of, pack
+from formats.encoding import Dense, Uniform, encoding_of
 from formats.errors import FormatError
 from formats.reader import QtmFile, verify
+from formats.section import pack
 from formats.writer import Writer
 
 GOLDEN = Path(__file__).with_name("golden") / "v1.qtm"

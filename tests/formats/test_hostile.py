@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from format_samples import make_layer, write_tiny
 
-from formats.encoding import Dense, encoding_of, pack
+from formats.encoding import Dense, encoding_of
 from formats.errors import FormatError
 from formats.preamble import MAX_HEADER_BYTES, build_preamble
 from formats.reader import QtmFile, verify, verify_file
+from formats.section import pack
 from formats.writer import Writer
 
 

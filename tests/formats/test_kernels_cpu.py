@@ -7,10 +7,11 @@ from format_samples import make_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.encoding import encoding_of, pack, part_arrays
+from formats.encoding import encoding_of
 from formats.kernels.cpu import decode_uniform, unpack_plane, unpack_zeros
 from formats.layer import QuantizedLinear, dequantize
 from formats.loader import QuantLinear
+from formats.section import pack, part_arrays
 
 
 def tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
