@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qtool.model import BlockwiseModel
-from qtool.pipeline import save_tokenizer
+from qtool.pipeline import tokenizer_files
 from qtool.plan import TensorPlan, plan_tensors
 from qtool.recipe import Recipe
 from qtool.sizes import bits_per_weight, stored_bytes
@@ -30,7 +30,7 @@ def estimate_run(model: BlockwiseModel, recipe: Recipe) -> dict[str, Any]:
     plan = plan_tensors(model, recipe)
     quantized = sum(t.n_parameters for t in plan if t.spec is not None)
     parameters = sum(t.n_parameters for t in plan)
-    files = sum(len(data) for data in save_tokenizer(model.checkpoint).values())
+    files = sum(len(data) for data in tokenizer_files(model.checkpoint.tokenizer()).values())
     return {
         "file_bytes": sum(stored_bytes(t.encoding, t.shape) + _entry_bytes(t) for t in plan) + HEADER_BYTES + files,
         "parameters": parameters,

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 import qtool
 from calibration.capture import HessianCapture
@@ -66,19 +67,19 @@ def compress(
     started = time.perf_counter()
     report = RunReport()
     with exact_float32(), Writer(output, overwrite=overwrite) as writer:
-        tokenizer_files = save_tokenizer(checkpoint)  # first: the cheapest thing that can be missing
+        tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
         model = BlockwiseModel(checkpoint)
         if unused := checkpoint.unused():
             names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
             warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
-        run = _Run(model, recipe, plan_tensors(model, recipe), writer, report)
+        run = _Run(model, plan_tensors(model, recipe), writer, report)
         windows = None
         if recipe.linears.method != "rtn":
-            windows = draw_sample(model, recipe)
+            windows = draw_sample(model, recipe, tokenizer)
             for line in (*windows.warnings, *windows.notes):
                 warn(line)
         run.blocks(windows)
-        for name, data in tokenizer_files.items():
+        for name, data in tokenizer_files(tokenizer).items():
             writer.add_file(name, data)
         writer.add_file(GENERATION_CONFIG, checkpoint.generation_config().to_json_string().encode())
         writer.finish(**_header(model, recipe, windows, report))
@@ -86,10 +87,9 @@ def compress(
     return report
 
 
-def draw_sample(model: BlockwiseModel, recipe: Recipe) -> TokenWindows:
+def draw_sample(model: BlockwiseModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
     """The calibration windows of a recipe, cut to the model's context."""
     spec = recipe.calibration
-    tokenizer = model.checkpoint.tokenizer()
     windows = calibration_windows(
         spec.source,
         lambda text: list(tokenizer(text, verbose=False).input_ids),
@@ -103,20 +103,18 @@ def draw_sample(model: BlockwiseModel, recipe: Recipe) -> TokenWindows:
     return windows
 
 
-def save_tokenizer(checkpoint: Checkpoint) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """File name -> content of the tokenizer as transformers saves it, chat template included."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.tokenizer().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 class _Run:
     """One pass over the model, from the first tensor to the last."""
 
-    def __init__(
-        self, model: BlockwiseModel, recipe: Recipe, plan: list[TensorPlan], writer: Writer, report: RunReport
-    ) -> None:
-        self.model, self.recipe, self.writer, self.report = model, recipe, writer, report
+    def __init__(self, model: BlockwiseModel, plan: list[TensorPlan], writer: Writer, report: RunReport) -> None:
+        self.model, self.writer, self.report = model, writer, report
         self.plan = {tensor.name: tensor for tensor in plan}
 
     def blocks(self, windows: TokenWindows | None) -> None:
