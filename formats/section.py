@@ -62,7 +62,9 @@ def dense_to_float32(data: Data, shape: Shape, dtype: str) -> npt.NDArray[np.flo
     """The values of a `dense` section as float32, exact for every stored type.  -> `shape` f32, a copy"""
     raw = part_arrays(data, shape, Dense(dtype))["values"]
     if dtype == "BF16":  # a bf16 is the upper half of a float32
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide = raw.astype(np.uint32)
+        wide <<= np.uint32(16)  # in place: `<<` would make a scalar of an array without dimensions
+        return wide.view(np.float32)
     return raw.astype(np.float32)
 
 
@@ -71,7 +73,7 @@ def check_section(data: Data, shape: Shape, encoding: Encoding) -> None:
     arrays = part_arrays(data, shape, encoding)
     end = 0
     for part in encoding.parts(shape):
-        if any(data[end : part.offset_bytes]):
+        if bytes(data[end : part.offset_bytes]).strip(b"\0"):
             raise FormatError(f"bytes before part {part.name!r} are not zero (SPEC 4.3)")
         end = part.end_bytes
     if isinstance(encoding, Uniform):
@@ -80,11 +82,16 @@ def check_section(data: Data, shape: Shape, encoding: Encoding) -> None:
 
 def check_scales(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """SPEC 7.6, for the parts of a `uniform` section."""
-    if not np.isfinite(arrays["scales"]).all():
+    if not _all_finite(arrays["scales"]):
         raise FormatError("a scale is NaN or infinite (SPEC 7.6)")
     inputs = arrays.get("input_scales", np.ones(1, np.float16))
-    if not (np.isfinite(inputs) & (inputs > 0)).all():
+    if not (_all_finite(inputs) and (inputs > 0).all()):
         raise FormatError("an input scale is NaN, infinite or not above 0 (SPEC 7.6)")
+
+
+def _all_finite(values: npt.NDArray[np.float16]) -> bool:
+    """As np.isfinite, which widens every f16 first and takes twenty times as long."""
+    return int((values.view(np.uint16) & 0x7FFF).max()) < 0x7C00
 
 
 def _check_uniform(arrays: Mapping[str, npt.NDArray[Any]], shape: Shape, encoding: Uniform) -> None:

@@ -6,6 +6,7 @@ stores (rotary frequencies, embedding scales) are computed from the config at on
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from formats.errors import FormatError
+from formats.strict_json import brief
 
+# An attention implementation can be a kernel on the hub, which transformers would fetch and run.
+_REFERENCE = re.compile(r"auto_map|_?(attn|experts)_implementation|init_inputs|vocab|merges|.*_files?", re.DOTALL)
+MAX_DERIVED_BYTES = 2**30
+"""Buffers computed from the config alone: the tables of any model are far smaller."""
 MAX_REASON = 200
 """Characters kept of a message that is not ours: transformers can list all of its 400 architectures."""
 
@@ -25,10 +31,21 @@ def config_from_dict(values: dict[str, Any]) -> Any:
     if not isinstance(model_type, str):
         raise FormatError("model config has no model_type: not a transformers model")
     try:
-        # auto_map would name remote code: with it dropped, only classes that transformers ships can be built.
-        return AutoConfig.for_model(**{k: v for k, v in values.items() if k != "auto_map"})
+        # What is left can only build classes that transformers ships.
+        return AutoConfig.for_model(**without_references(values))
     except Exception as error:  # transformers raises whatever its config classes and their checks do
-        raise FormatError(f"model_type={model_type!r}: not a config transformers takes: {_brief(error)}") from error
+        raise FormatError(
+            f"model_type={brief(model_type)}: not a config transformers takes: {one_line(error)}"
+        ) from error
+
+
+def without_references(value: Any) -> Any:
+    """A config without what names code, or a path to read: such as `auto_map` and `vocab_file`."""
+    if isinstance(value, list):
+        return [without_references(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: without_references(item) for key, item in value.items() if not _REFERENCE.fullmatch(str(key))}
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
@@ -37,23 +54,35 @@ def build_skeleton(config: Any) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.eval()
+        _check_derived_buffers(model)
         for module in model.modules():
             _init_derived_buffers(model, module)
         model.tie_weights()
     except Exception as error:  # a config can be wrong in as many ways as there are architectures
+        reason = one_line(error)
         raise FormatError(
-            f"model_type={config.model_type!r}: no causal language model can be built from its config: {_brief(error)}"
+            f"model_type={config.model_type!r}: no causal language model can be built from its config: {reason}"
         ) from error
     return model  # type: ignore[no-any-return]
 
 
+def _derived_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    buffers = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def _check_derived_buffers(model: nn.Module) -> None:
+    """They are the one thing of a skeleton that takes memory."""
+    n_bytes = sum(b.nbytes for module in model.modules() for b in _derived_buffers(module).values())
+    if n_bytes > MAX_DERIVED_BYTES:
+        raise FormatError(f"it implies tables of {n_bytes} bytes, at most {MAX_DERIVED_BYTES}")
+
+
 def _init_derived_buffers(model: PreTrainedModel, module: nn.Module) -> None:
-    derived = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+    derived = _derived_buffers(module)
     if not derived:
         return
-    for name in derived:
-        buffer = module._buffers[name]
-        assert buffer is not None
+    for name, buffer in derived.items():
         module._buffers[name] = torch.empty_like(buffer, device="cpu")
     with torch.no_grad():
         model._init_weights(module)  # transformers' own rule for what is derived; parameters stay on meta
@@ -113,7 +142,7 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
     return {group[0]: group for group in names.values()}
 
 
-def _brief(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception of transformers says, on one line of readable length."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= MAX_REASON else f"{words[:MAX_REASON]} ..."

@@ -4,7 +4,8 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeAlias
@@ -35,20 +36,36 @@ class Writer:
 
     Bytes go to `.NAME.part-*` beside the target and get their name in `finish`. Leaving the context before
     that, for whatever reason, removes them. Only a process killed outright leaves such a file behind.
+
+    With `part`, bytes go to that file instead and stay there until `finish`: a caller that remembers the entries of
+    what it has made durable by `sync` hands them to the next Writer as `written`, which goes on behind them.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        overwrite: bool = False,
+        *,
+        part: Path | None = None,
+        written: Sequence[TensorEntry] = (),
+    ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
-        self._part = self.path.with_name(f".{self.path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
+        self._keep = part is not None
+        beside = self.path.with_name(f".{self.path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
+        self._part = part or beside
         self._file: BinaryIO | None = None
-        self._end = PREAMBLE_BYTES  # of what is complete: a section that failed is written over
-        self._tensors: dict[str, TensorEntry] = {}
+        # End of what is complete: a section that failed is written over.
+        self._end = max([PREAMBLE_BYTES, *(entry.offset_bytes + entry.n_bytes for entry in written)])
+        self._tensors = {entry.name: entry for entry in written}
         self._files: dict[str, FileEntry] = {}
 
     def __enter__(self) -> "Writer":
         self._check_target()
-        self._file = open(self._part, "xb")
+        if not self._keep:
+            self._file = open(self._part, "xb")
+        else:
+            self._file = open(self._part, "r+b" if self._tensors else "wb")
         return self
 
     def __exit__(
@@ -60,7 +77,8 @@ class Writer:
         try:
             file.close()
         finally:
-            self._part.unlink(missing_ok=True)
+            if not self._keep:
+                self._part.unlink(missing_ok=True)
 
     @property
     def bytes_written(self) -> int:
@@ -111,6 +129,12 @@ class Writer:
         self._files[name] = entry
         return entry
 
+    def sync(self) -> None:
+        """Make what has been added so far durable."""
+        file = self._open_file()
+        file.flush()
+        os.fsync(file.fileno())
+
     def finish(
         self,
         *,
@@ -138,8 +162,7 @@ class Writer:
         file.truncate()
         file.seek(0)
         file.write(preamble)
-        file.flush()
-        os.fsync(file.fileno())
+        self.sync()
         self._publish()
         self._end = offset + len(data)
         return header
@@ -178,19 +201,38 @@ class Writer:
 
     def _publish(self) -> None:
         """Give the complete file its name; a reader that has the old file mapped keeps it."""
-        file = self._open_file()
-        file.close()
-        if self.overwrite:
-            os.replace(self._part, self.path)
-        else:
-            self._link()
+        self._open_file().close()
+        try:
+            self._give_name(self._part)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy_over()
         self._file = None
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
-    def _link(self) -> None:
+    def _copy_over(self) -> None:
+        """Publish a part that lies on another file system: a name cannot be given across."""
+        copy = self.path.with_name(f".{self.path.name}.part")  # one name: what a killed run left is written over
+        try:
+            shutil.copyfile(self._part, copy)
+            with open(copy, "rb+") as file:
+                os.fsync(file.fileno())
+            self._give_name(copy)
+        finally:
+            copy.unlink(missing_ok=True)
+        self._part.unlink()
+
+    def _give_name(self, part: Path) -> None:
+        if self.overwrite:
+            os.replace(part, self.path)
+        else:
+            self._link(part)
+
+    def _link(self, part: Path) -> None:
         """Unlike a rename, a link fails when another process made the target meanwhile."""
         try:
-            os.link(self._part, self.path)
+            os.link(part, self.path)
         except FileExistsError as error:
             raise FormatError(f"{self.path}: exists already; it was left as it is (SPEC 8.3)") from error
         except OSError as error:
@@ -198,9 +240,9 @@ class Writer:
                 raise
             # A file system without hard links, such as exFAT: check again as late as possible, then rename.
             self._check_target()
-            os.replace(self._part, self.path)
+            os.replace(part, self.path)
         else:
-            self._part.unlink()
+            part.unlink()
 
 
 def _chunks(data: BytesLike | Iterable[BytesLike]) -> Iterator[memoryview]:
@@ -213,7 +255,7 @@ def _chunks(data: BytesLike | Iterable[BytesLike]) -> Iterator[memoryview]:
             yield memoryview(chunk).cast("B")  # type: ignore[arg-type]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new name itself durable, not only the bytes behind it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

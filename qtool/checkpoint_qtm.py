@@ -45,5 +45,5 @@ class QtmCheckpoint(Checkpoint):
             return super().generation_config()
         return GenerationConfig.from_dict(json.loads(self.file.read_file(GENERATION_CONFIG)))
 
-    def source_files(self) -> list[tuple[str, int]]:
-        return [(self.path.name, self.path.stat().st_size)]
+    def source_paths(self) -> list[Path]:
+        return [self.path]

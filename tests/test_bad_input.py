@@ -4,15 +4,11 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import tiny
 import torch
-from invoke import environment, python, refusal, run_qtool
+from invoke import refusal, run_qtool
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import make_model
@@ -228,7 +224,8 @@ def test_activation_that_overflows(refuse, model):
     """Finite weights, but x xᵀ is beyond float32."""
     edit_weights(model, lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(1e30))
     message = refuse(model)
-    assert message.startswith("model.layers.1.self_attn.q_proj: NaN or infinite activations reach this layer")
+    expected = "model.layers.1.self_attn.q_proj: 256 of 256 tokens reach this layer with NaN or infinite activations"
+    assert message == f"{expected}, more than 1%; the model overflows"
 
 
 def test_evaluating_a_model_that_overflows(model, tiny_files):
@@ -353,77 +350,19 @@ def test_output_in_a_folder_that_does_not_exist(tiny_files, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_disk_full(refuse, tiny_files, monkeypatch, number):
-    """The third section is one too many."""
+    """The second section is one too many."""
     appended = []
     append = formats.writer.Writer._append
 
     def full(writer, data, n_bytes):
         appended.append(n_bytes)
-        if len(appended) > 2:
+        if len(appended) > 1:
             raise OSError(number, os.strerror(number))
         return append(writer, data, n_bytes)
 
     monkeypatch.setattr(formats.writer.Writer, "_append", full)
     message = refuse(tiny_files.model("llama"))
     assert message.endswith(f"out.qtm: {os.strerror(number)}; nothing was left behind, make room and run again")
-
-
-def test_disk_full_for_real(tiny_files, output):
-    """The system refuses to let the file grow beyond 20 kB."""
-    code = (
-        "import resource, signal; from qtool.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "main()"
-    )
-    options = tiny_files.compress_options("--method", "rtn")
-    done = python("-c", code, "compress", tiny_files.model("llama"), "-o", output, *options)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"Error: {output}: File too large; nothing was left behind")
-    assert len(done.stderr.splitlines()) == 1
-    assert os.listdir(output.parent) == []
-
-
-def test_interrupted_while_solving(refuse, tiny_files, monkeypatch):
-    solved = []
-    solve = qtool.pipeline.gptq_quantize
-
-    def interrupted(*args, **kwargs):
-        solved.append(args)
-        if len(solved) == 10:
-            raise KeyboardInterrupt
-        return solve(*args, **kwargs)
-
-    monkeypatch.setattr(qtool.pipeline, "gptq_quantize", interrupted)
-    assert refuse(tiny_files.model("llama")) == "interrupted; nothing was left behind"
-
-
-def test_interrupted_by_a_signal(tiny_files, output):
-    arguments = [
-        "compress",
-        tiny_files.model("llama"),
-        "-o",
-        output,
-        *tiny_files.compress_options("--samples", "50000"),
-    ]
-    command = [sys.executable, "-m", "qtool.cli", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while not os.listdir(output.parent):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, stdout) == (1, "")
-    assert stderr.splitlines()[-1] == "Error: interrupted; nothing was left behind"
-    assert "Traceback" not in stderr
-    assert os.listdir(output.parent) == []
 
 
 # ---- the other commands

@@ -60,27 +60,3 @@ def write_tiny(path: str | os.PathLike[str]) -> bytes:
         writer.add_file("t.json", b"{}")
         writer.finish(model={}, recipe={}, provenance={}, quality={})
     return Path(path).read_bytes()
-
-
-def write_golden(path: str | os.PathLike[str]) -> bytes:
-    """Every encoding and option of version 1.0."""
-    with Writer(path) as writer:
-        for bits in range(2, 9):
-            layer = make_layer(5, 70, bits, group_size=32, symmetric=bits % 2 == 0, scaled=bits in (3, 4))
-            writer.add_tensor(
-                f"blocks.{bits}.weight",
-                (5, 70),
-                encoding_of(layer),
-                pack(layer),
-                transposed=bits == 8,
-                relative_error=bits / 64,
-            )
-        writer.add_file("tokenizer.json", '{"é":1}'.encode())
-        values = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-        writer.add_tensor("norm", (2, 3, 2), Dense("F32"), values)
-        writer.add_tensor("embed", (6, 2), Dense("F16"), (row for row in values.astype(np.float16)))
-        writer.add_tensor("bias", (12,), Dense("BF16"), (values.view(np.uint32) >> 16).astype(np.uint16))
-        writer.add_tensor("scalar", (), Dense("F32"), np.float32(0.5).tobytes())
-        writer.add_file("empty.txt", b"")
-        writer.finish(**MEMBERS)
-    return Path(path).read_bytes()

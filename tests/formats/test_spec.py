@@ -1,69 +1,262 @@
-"""A second reader, written from SPEC.md alone, element by element, sharing no code with `formats`."""
+"""SPEC.md is enough for a second reader, and every "must" in it is tested."""
 
+import copy
+import functools
 import hashlib
-import json
-import struct
+import operator
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis.extra.numpy as hnp
+import independent_reader
+import numpy as np
 import pytest
+from both_readers import assert_same, both_read, claim, header_of, read_with_formats
+from format_samples import MEMBERS, write_tiny
+from golden_samples import FOLDER
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from independent_reader import MAX_ENTRY_CHARS, MAX_FREE_CHARS
+from invoke import python
+from test_house import imported_packages
 
-from formats.layer import dequantize
-from formats.reader import QtmFile
+from formats.encoding import Dense, encoding_of
+from formats.layer import QuantizedLinear
+from formats.section import pack
+from formats.writer import Writer
 
-GOLDEN = Path(__file__).with_name("golden") / "v1.qtm"
-PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}  # SPEC 7.4.1
-
-
-def read_header(file: bytes) -> dict:
-    """SPEC 2 and 3."""
-    magic, major, _, _, offset, n_bytes, digest = struct.unpack("<8sHHIQQ32s", file[:64])
-    assert (magic, major, offset + n_bytes) == (b"\x89QTM\r\n\x1a\n", 1, len(file))
-    assert hashlib.sha256(file[:32] + file[offset:]).digest() == digest
-    return json.loads(file[offset:])
-
-
-def read_planes(section: bytes, start: int, rows: int, n: int, bits: int) -> tuple[list[list[int]], int]:
-    """SPEC 7.4: the integers of one field, and where its last plane ends."""
-    values, low, end = [[0] * n for _ in range(rows)], 0, start
-    for width in PLANES[bits]:
-        start = (end + 63) // 64 * 64
-        per, words = 32 // width, (n * width + 31) // 32
-        for row in range(rows):
-            for k in range(n):
-                [word] = struct.unpack_from("<I", section, start + 4 * (row * words + k // per))
-                values[row][k] |= (word >> (width * (k % per)) & (1 << width) - 1) << low
-        low, end = low + width, start + 4 * rows * words
-    return values, end
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "formats" / "SPEC.md"
 
 
-def read_uniform(section: bytes, entry: dict) -> list[list[float]]:
-    """SPEC 7.3 and 7.5. The samples' input scales are multiples of 1/8, so that nothing is rounded."""
-    (rows, n), bits, group_size = entry["shape"], entry["bits"], entry["group_size"]
-    n_groups = (n + group_size - 1) // group_size
-    codes, end = read_planes(section, 0, rows, n, bits)
-    start = (end + 63) // 64 * 64
-    scales = [struct.unpack_from(f"<{n_groups}e", section, start + 2 * n_groups * i) for i in range(rows)]
-    end = start + 2 * n_groups * rows
-    zeros = [[2 ** (bits - 1)] * n_groups] * rows
-    if not entry["symmetric"]:
-        [flat], end = read_planes(section, end, 1, rows * n_groups, bits)
-        zeros = [flat[i * n_groups : (i + 1) * n_groups] for i in range(rows)]
-    inputs = [1.0] * n
-    if entry.get("input_scales", False):
-        start = (end + 63) // 64 * 64
-        inputs, end = list(struct.unpack_from(f"<{n}e", section, start)), start + 2 * n
-    assert end == len(section) == entry["bytes"]
-    return [
-        [scales[i][k // group_size] * (codes[i][k] - zeros[i][k // group_size]) * inputs[k] for k in range(n)]
-        for i in range(rows)
-    ]
+def test_the_second_reader_imports_only_numpy_and_the_standard_library():
+    path = Path(independent_reader.__file__)
+    assert imported_packages(path) <= {*sys.stdlib_module_names, "numpy"}
+    code = (
+        f"import sys; sys.path.insert(0, {str(path.parent)!r}); import independent_reader as reader, pathlib;"
+        f"reader.read(pathlib.Path({str(FOLDER / 'v1.qtm')!r}));"
+        "assert not {'formats', 'qtool', 'torch'} & {name.split('.')[0] for name in sys.modules}"
+    )
+    assert python("-c", code).returncode == 0
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_a_second_reader_gets_the_same_weights(bits):
-    file = GOLDEN.read_bytes()
-    [entry] = [e for e in read_header(file)["tensors"] if e["name"] == f"blocks.{bits}.weight"]
-    section = file[entry["offset"] : entry["offset"] + entry["bytes"]]
-    assert hashlib.sha256(section).hexdigest() == entry["sha256"]
-    with QtmFile.open(GOLDEN) as reader:
-        assert dequantize(reader.layer(entry["name"])).tolist() == read_uniform(section, entry)
+@pytest.mark.parametrize("options", [(), ("--bits", "3", "--sym")])
+def test_both_readers_agree_on_a_compressed_model(tiny_files, options):
+    path = tiny_files.compressed("llama", *options)
+    theirs = independent_reader.read(path)
+    assert_same(read_with_formats(path.read_bytes()), theirs)
+    assert {"tokenizer.json"} <= theirs.files.keys()
+    assert {entry["encoding"] for entry in theirs.header["tensors"]} == {"dense", "uniform"}
+
+
+@st.composite
+def any_layers(draw) -> QuantizedLinear:
+    """A layer of random bits: every finite scale, every positive input scale."""
+    rows, n, bits = draw(st.integers(1, 4)), draw(st.integers(1, 40)), draw(st.integers(2, 8))
+    group_size = draw(st.integers(1, n))
+    groups = (rows, -(-n // group_size))
+    integers = st.integers(0, 2**bits - 1)
+    scales = st.floats(width=16, allow_nan=False, allow_infinity=False)
+    inputs = st.floats(2.0**-24, 65504, width=16)
+    return QuantizedLinear(
+        codes=draw(hnp.arrays(np.uint8, (rows, n), elements=integers)),
+        scales=draw(hnp.arrays(np.float16, groups, elements=scales)),
+        zeros=draw(st.none() | hnp.arrays(np.uint8, groups, elements=integers)),
+        bits=bits,
+        group_size=group_size,
+        input_scales=draw(st.none() | hnp.arrays(np.float16, n, elements=inputs)),
+    )
+
+
+# An F16 is finite here: what a signalling NaN becomes is left open (SPEC 7.2.1).
+dense_values = st.one_of(
+    hnp.arrays("<f2", hnp.array_shapes(min_dims=0), elements=st.floats(width=16, allow_nan=False)),
+    hnp.arrays("<u2", hnp.array_shapes(min_dims=0)),
+    hnp.arrays("<u4", hnp.array_shapes(min_dims=0)),
+)
+DENSE = {"f2": Dense("F16"), "u2": Dense("BF16"), "u4": Dense("F32")}
+
+
+@settings(max_examples=40, deadline=None)
+@given(content=st.lists(st.one_of(any_layers(), dense_values, st.binary(max_size=300)), max_size=4))
+def test_both_readers_agree_on_any_file(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("any") / "a.qtm"
+    with Writer(path) as writer:
+        for i, item in enumerate(content):
+            if isinstance(item, bytes):
+                writer.add_file(f"{i}", item)
+            elif isinstance(item, QuantizedLinear):
+                writer.add_tensor(f"{i}", item.codes.shape, encoding_of(item), pack(item))
+            else:
+                writer.add_tensor(f"{i}", item.shape, DENSE[item.dtype.str[1:]], item.tobytes())
+        writer.finish(**MEMBERS)
+    assert both_read(path.read_bytes())
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_both_readers_refuse_any_flipped_bit(data):
+    file = bytearray((FOLDER / "uniform_3bit.qtm").read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(file) - 1))
+    file[bit // 8] ^= 1 << bit % 8
+    assert not both_read(bytes(file))
+
+
+REMOVED = object()
+VALUES = (
+    *(REMOVED, None, True, False, -1, 0, 1, 2, 8, 9, 11, 256, 2**31, 2**63 - 1, 2**63, 4.0, 0.5, -0.0, 1e300),
+    *("", "a", "w", "..", "a/b", "\x7f", "é" * 128, "x" * 1025, "dense", "uniform", "codebook", "F16", "F8", "0" * 64),
+    *([], [3], [33], [3, 11], [11, 3], [1, 33], [3, 0], [3, 11.0], [True, 33], [1] * 9, {}, {"a": 1}),
+)
+ENTRIES = (("tensors", 0), ("tensors", 1), ("files", 0))
+OPTIONAL = ("relative_error", "transposed", "input_scales", "dtype", "bits", "perm")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every member and item of a JSON tree."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def changed(tree: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A copy with another value at `path`, or with none."""
+    tree = copy.deepcopy(tree)
+    *above, last = path
+    parent = functools.reduce(operator.getitem, above, tree)
+    if value is not REMOVED:
+        parent[last] = value
+    elif isinstance(parent, list) or last in parent:
+        del parent[last]
+    return tree
+
+
+def test_both_readers_refuse_the_same_headers(tmp_path):
+    """One field at a time: taken out, put in where it does not belong, set to what it may be and to what it may not."""
+    tiny = write_tiny(tmp_path / "tiny.qtm")
+    header = header_of(tiny)
+    header["tensors"][0]["input_scales"] = False  # spelt out, which a writer never does (SPEC 7.3)
+    fields = [*places(header), *((kind, i, name) for kind, i in ENTRIES for name in OPTIONAL)]
+    verdicts = [both_read(claim(tiny, changed(header, path, value))) for path in fields for value in VALUES]
+    assert verdicts.count(True) > 50
+
+
+@pytest.mark.parametrize(
+    ("quality", "good"),
+    [
+        ('{"a": 1, "a": 1}', False),
+        (r'{"a": 1, "\u0061": 1}', False),  # the same key, 3.2.2
+        ('{"é": 1, "e\u0301": 1}', True),  # not the same: nothing is normalised
+        ('{"a": {"b": 1}, "b": {"b": 1}}', True),
+        (' \t\r\n{ "a" : [ ] } ', True),
+        ("{,}", False),
+        ('{"a": 1,}', False),
+        ('{"a": "\t"}', False),
+        ('{"a": 01}', False),
+        ('{"a": +1}', False),
+        ('{"a": .5}', False),
+        ('{"a": 1E5, "b": -0, "c": 1e-999}', True),
+        ('{"a": 1e309}', False),
+        ('{"a": 1.7976931348623159e308}', False),  # rounds to an infinity
+        ('{"a": 1.7976931348623157e308}', True),
+        ('{"a": Infinity}', False),
+        ('{"a": 1' + "0" * 308 + "}", True),
+        ('{"a": 1' + "0" * 309 + "}", False),
+        ('{"a": -' + "9" * 5000 + "}", False),
+        (r'{"a": "\ud83d\ude00"}', True),
+        (r'{"a": "\ude00\ud83d"}', False),
+        (r'{"a": ["\ud83d"]}', False),
+        ('{"a": ' + "[" * 62 + "]" * 62 + "}", True),  # the header is level 1, quality 2, the last list 64
+        ('{"a": ' + "[" * 63 + "]" * 63 + "}", False),
+        ('{"a": "' + "[" * 100 + '"}', True),
+        ('{"a": 1} //', False),
+    ],
+)
+def test_spec_3_1_1_both_readers_agree_on_json(quality, good):
+    empty = (FOLDER / "empty.qtm").read_bytes()
+    header = '{"tensors": [], "files": [], "model": {}, "recipe": {}, "provenance": {}, "quality": ' + quality + "}"
+    assert both_read(claim(empty, header.encode())) == good
+
+
+def test_spec_3_2_1_both_readers_keep_the_same_limits(tmp_path):
+    """White space counts where it stands inside a value, characters and not bytes are counted, objects add up."""
+    tiny = write_tiny(tmp_path / "tiny.qtm")
+    header = tiny[len(tiny) - int.from_bytes(tiny[24:32], "little") :].decode()
+    entry = header[header.index('{"bytes":6') : header.index("]}]") + 2]  # of the tensor that comes first
+    for n_chars, good in ((MAX_ENTRY_CHARS, True), (MAX_ENTRY_CHARS + 1, False)):
+        longer = header.replace(entry, entry[:-1] + " " * (n_chars - len(entry)) + "}  ")
+        assert both_read(claim(tiny, longer.encode())) == good
+    for n_chars, good in ((MAX_FREE_CHARS, True), (MAX_FREE_CHARS + 1, False)):
+        n_free = len('{}{"a":""}{}{}')
+        longer = header.replace('"model":{}', '"model":{"a":"' + "é" * (n_chars - n_free) + '"}')
+        assert both_read(claim(tiny, longer.encode())) == good
+
+
+def test_spec_4_1_1_both_readers_count_sections():
+    empty = (FOLDER / "empty.qtm").read_bytes()
+    header = header_of(empty)
+    entry = {"offset": 256, "bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    header["files"] = [{"name": f"{i}", **entry} for i in range(independent_reader.MAX_SECTIONS)]
+    assert both_read(claim(empty, header))
+    header["files"].append({"name": "one more", **entry})
+    assert not both_read(claim(empty, header))
+
+
+@pytest.mark.parametrize("integer", ["256.0", "2.56e2", "256e0", '"256"', "-256", "0256"])
+def test_spec_3_3_1_an_integer_has_neither_fraction_nor_exponent(integer, tmp_path):
+    tiny = write_tiny(tmp_path / "tiny.qtm")
+    header = tiny[len(tiny) - int.from_bytes(tiny[24:32], "little") :]
+    assert header.count(b'"offset":256') == 1
+    assert both_read(claim(tiny, header))
+    assert not both_read(claim(tiny, header.replace(b'"offset":256', f'"offset":{integer}'.encode())))
+
+
+def paragraphs() -> list[tuple[str, str]]:
+    """Number and text of every section's opening and every paragraph of SPEC.md, up to the appendices."""
+    text = SPEC.read_text(encoding="utf-8").split("## Appendix A")[0]
+    parts = re.split(r"^(?:## )?(?=\d+\. |\d+\.\d)([\d.]*\d)\.? ", text, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def musts() -> set[str]:
+    return {number for number, text in paragraphs() if re.search(r"\bmust\b", text)}
+
+
+def cited(*folders: str) -> set[str]:
+    """Paragraphs that python files below these folders name, as `SPEC 4.2` or as `test_spec_4_2_`."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8").replace("\\.", ".") for path in files)
+    lists = re.findall(r"SPEC (\d+(?:\.\d+)*(?:(?:, | and | to )\d+(?:\.\d+)*)*)", text)
+    names = re.findall(r"def test_spec_(\d+(?:_\d+)*)_", text)
+    return {number for item in lists for number in re.findall(r"[\d.]*\d", item)} | {n.replace("_", ".") for n in names}
+
+
+def test_paragraphs_are_found():
+    numbers = [number for number, _ in paragraphs()]
+    assert len(set(numbers)) == len(numbers)  # or a line of text that begins with a number was taken for a paragraph
+    assert {"1", "1.1", "2.3.4", "7", "7.4.1", "9.3"} <= set(numbers)
+    assert {"2.4", "5.6", "7", "9.2"} - musts() == {"9.2"}
+
+
+def test_every_must_is_cited_by_a_test():
+    assert len(musts()) > 20
+    assert musts() - cited("tests") == set()
+
+
+def test_every_must_that_binds_a_reader_is_cited_by_the_code():
+    """So that what was refused can be looked up. 8 binds writers; a sub-paragraph counts as its paragraph."""
+    binding = {paragraph(number) for number in musts() if not number.startswith("8.")}
+    assert binding - {paragraph(number) for number in cited("formats")} == set()
+
+
+def paragraph(number: str) -> str:
+    """7.4 for 7.4.1."""
+    return ".".join(number.split(".")[:2])
+
+
+def test_every_citation_exists():
+    assert cited("formats", "qtool", "tests") - {number for number, _ in paragraphs()} == set()
