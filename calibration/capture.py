@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from calibration.errors import CalibrationError
 from calibration.hessian import HessianAccumulator, LayerStats
 
+MAX_DROPPED_SHARE = 0.01
+"""Of the tokens that reach a layer: a few that overflow are the sample's, more are the model's."""
+
 
 class _BlockDone(Exception):
     """Every input has been seen: what is left of the block's forward would compute nothing we keep."""
@@ -76,6 +79,16 @@ class HessianCapture:
         stats = {}
         for name, accumulator in self._accumulators.items():
             stats[name] = accumulator.result()
-            if not torch.isfinite(stats[name].hessian).all():
-                raise CalibrationError(f"{name}: NaN or infinite activations reach this layer; the model overflows")
+            _check_finite(name, stats[name])
         return {name: stats[self._leader[name]] for name in self._linears if name in self._leader}
+
+
+def _check_finite(name: str, stats: LayerStats) -> None:
+    total = stats.n_tokens + stats.n_dropped
+    if stats.n_dropped > MAX_DROPPED_SHARE * total:
+        raise CalibrationError(
+            f"{name}: {stats.n_dropped} of {total} tokens reach this layer with NaN or infinite activations, "
+            f"more than {MAX_DROPPED_SHARE:.0%}; the model overflows"
+        )
+    if not torch.isfinite(stats.hessian).all():
+        raise CalibrationError(f"{name}: the activations that reach this layer overflow when squared")

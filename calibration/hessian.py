@@ -17,6 +17,7 @@ class LayerStats:
 
     hessian: Tensor  # [in, in] f32: mean over tokens of x xᵀ, undamped (GPTQ, sec. 3.2, without its factor 2)
     n_tokens: int
+    n_dropped: int = 0  # tokens left out, because their input holds NaN, infinity or what overflows when squared
 
 
 class HessianAccumulator:
@@ -25,17 +26,28 @@ class HessianAccumulator:
     def __init__(self, in_features: int) -> None:
         self._sum = torch.zeros(in_features, in_features)
         self.n_tokens = 0
+        self.n_dropped = 0
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of `x` [..., in]."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+        x = self._without_overflow(x.detach().reshape(-1, x.shape[-1]).float())
         for start in range(0, x.shape[1], STRIPE):
             stripe = self._sum[start : start + STRIPE, start:]
             stripe.addmm_(x[:, start : start + STRIPE].T, x[:, start:])
         self.n_tokens += x.shape[0]
 
+    def _without_overflow(self, x: Tensor) -> Tensor:
+        """The tokens of x [n, in] whose x xᵀ is finite; one bad token would make the whole sum NaN."""
+        energy = torch.linalg.vector_norm(x, dim=1).square_()
+        if torch.isfinite(energy.sum()):  # then each of them is
+            return x
+        finite = torch.isfinite(energy)
+        self.n_dropped += int((~finite).sum())
+        return x[finite]
+
     def result(self) -> LayerStats:
         """The mean over all tokens added; ends the accumulation, whose memory it takes over."""
         upper = self._sum.triu_().div_(max(self.n_tokens, 1))
         self._sum = upper.new_empty(0)
-        return LayerStats(hessian=upper.add_(torch.triu(upper, 1).T), n_tokens=self.n_tokens)
+        hessian = upper.add_(torch.triu(upper, 1).T)
+        return LayerStats(hessian=hessian, n_tokens=self.n_tokens, n_dropped=self.n_dropped)

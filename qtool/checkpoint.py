@@ -61,8 +61,8 @@ class Checkpoint(ABC):
         """The model's tokenizer."""
 
     @abstractmethod
-    def source_files(self) -> list[tuple[str, int]]:
-        """(file name, bytes) of every file that weights are read from."""
+    def source_paths(self) -> list[Path]:
+        """Every file that weights are read from."""
 
     def unused(self) -> list[str]:
         """Stored tensors that make no parameter of the model, known after `bind`."""
@@ -87,7 +87,7 @@ class Checkpoint(ABC):
                 raise CheckpointError(
                     f"{self.name}: tensor {name} is missing from the weights; download the model again"
                 )
-            if not torch.isfinite(tensor).all():
+            if not all(map(torch.isfinite, tensor.aminmax())):  # no temporary as large as the tensor
                 raise CheckpointError(f"{self.name}: weight {name} has NaN or infinite values; the model is broken")
 
 
@@ -264,8 +264,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
         return super().generation_config()
 
-    def source_files(self) -> list[tuple[str, int]]:
-        return [(s, (self.folder / s).stat().st_size) for s in sorted(set(self._shard_of.values()))]
+    def source_paths(self) -> list[Path]:
+        return [self.folder / shard for shard in sorted(set(self._shard_of.values()))]
 
 
 def load_tokenizer_folder(folder: Path, name: str) -> PreTrainedTokenizerBase:

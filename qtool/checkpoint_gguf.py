@@ -92,5 +92,5 @@ class GgufCheckpoint(Checkpoint):
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CheckpointError(f"{self.path}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
 
-    def source_files(self) -> list[tuple[str, int]]:
-        return [(self.path.name, self.path.stat().st_size)]
+    def source_paths(self) -> list[Path]:
+        return [self.path]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminated_as_interrupted():
+                return super().invoke(ctx)
         except DOMAIN_ERRORS as error:
             raise click.ClickException(" ".join(str(error).split())) from error
         except BrokenPipeError:
@@ -34,16 +39,35 @@ class _Group(click.Group):
             # torch has no exception of its own for memory that the CPU allocator does not get.
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
                 raise
-            raise click.ClickException("out of memory; use fewer --samples or a shorter --seq-len") from error
+            raise click.ClickException(f"out of memory; use a shorter --seq-len; {_outlook(error)}") from error
         except KeyboardInterrupt as error:
-            raise click.ClickException("interrupted; nothing was left behind") from error
+            raise click.ClickException(f"interrupted; {_outlook(error)}") from error
+
+
+def _outlook(error: BaseException) -> str:
+    """What an interrupted command left: a run says so in a note on its error."""
+    return str(getattr(error, "__notes__", ["nothing was left behind"])[0])
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with its one line; only the main thread can see to that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{where}{error.strerror}; nothing was left behind, make room and run again"
-    return f"{where}{error.strerror or error}"
+        return f"{where}{error.strerror}; {_outlook(error)}, make room and run again"
+    kept = f"; {_outlook(error)}" if hasattr(error, "__notes__") else ""
+    return f"{where}{error.strerror or error}{kept}"
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -94,24 +118,50 @@ text_field_option = click.option(
 @click.option("--seed", type=int, default=0, show_default=True, help="Places the windows.")
 @click.option("--dry-run", is_flag=True, help="Print size, bits per weight, memory and time; quantize nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--max-memory", metavar="SIZE", help="Resident memory that the run keeps to, as 2GB.  [default: any]")
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), help="What an interrupted run goes on from.  [default: OUTPUT.work]"
+)
+@click.option("--restart", is_flag=True, help="Drop what an earlier run left in the work folder.")
+@click.option("--log-file", type=click.Path(path_type=Path), help="Append one JSON line for each layer.")
 @json_option
-def compress(model: str, output: Path | None, dry_run: bool, force: bool, as_json: bool, **options: Any) -> None:
+def compress(
+    model: str,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    max_memory: str | None,
+    work_dir: Path | None,
+    restart: bool,
+    log_file: Path | None,
+    as_json: bool,
+    **recipe_options: Any,
+) -> None:
     """Compress MODEL: a Hugging Face folder, a hub id or a GGUF file.
 
     \b
     qtool compress ./my-model --bits 4
     qtool compress ./my-model --bits 3 --group-size 64 --calibration notes.txt -o small.qtm
     qtool compress org/name --dry-run
+    qtool compress ./my-model --max-memory 2GB --log-file run.jsonl
+
+    A run that was killed goes on where it was when the same command is given again.
     """
     from qtool import commands
+    from qtool.memory import parse_size
+    from qtool.recipe import RunOptions
 
-    recipe = commands.build_recipe(**options)
+    recipe = commands.build_recipe(**recipe_options)
+    max_memory_bytes = None if max_memory is None else parse_size(max_memory, "--max-memory")
     output = output or commands.default_output(model, recipe)
     if dry_run:
-        estimate = commands.dry_run(model, recipe)
+        estimate = commands.dry_run(model, recipe, max_memory_bytes)
         _emit(estimate, commands.format_estimate(estimate), as_json)
         return
-    result = commands.run_compress(model, output, recipe, force=force, warn=lambda line: click.echo(line, err=True))
+    options = RunOptions(
+        overwrite=force, work_dir=work_dir, restart=restart, max_memory_bytes=max_memory_bytes, log_file=log_file
+    )
+    result = commands.run_compress(model, output, recipe, options, warn=lambda line: click.echo(line, err=True))
     _emit(result, commands.format_result(result), as_json)
 
 
@@ -134,18 +184,30 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="MODEL", help="The model that FILE was made from: measure every layer's error again."
+)
+@click.option("--calibration", metavar="SOURCE", help="Text that FILE was calibrated on, if it was a local file.")
+@text_field_option
 @json_option
-def verify(file: Path, as_json: bool) -> None:
+def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> None:
     """Check every byte of FILE against its checksums and the format's rules.
 
     \b
     qtool verify model.qtm
+    qtool verify model.qtm --against ./my-model --calibration notes.txt
     """
     from formats.reader import verify as verify_file
 
     report = verify_file(file)
     values = {"file": str(file), "sections": report.n_sections, "bytes": report.n_bytes, "ok": True}
-    _emit(values, f"{file}: ok, {report.n_sections} sections, {report.n_bytes:,} bytes", as_json)
+    text = f"{file}: ok, {report.n_sections} sections, {report.n_bytes:,} bytes"
+    if against is not None:
+        from qtool import commands
+
+        values["layers"] = layers = commands.run_verify_against(file, against, **options)
+        text += f"; the errors of {len(layers)} layers are as recorded"
+    _emit(values, text, as_json)
 
 
 @main.group(name="eval")

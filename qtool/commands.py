@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from formats.reader import QtmFile
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointError, ConfigError
 from qtool.estimate import estimate_run
 from qtool.evaluate import evaluate_perplexity
+from qtool.journal import default_folder
+from qtool.memory import peak_rss_bytes
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.pipeline import compress
-from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
-from qtool.report import fold_names, format_bytes, inspect_file
+from qtool.recipe import CalibrationSpec, QuantSpec, Recipe, RunOptions
+from qtool.report import fold_names, inspect_file
+from qtool.sizes import format_bytes
+from qtool.verify import verify_against
 
 
 def build_recipe(
@@ -41,10 +45,12 @@ def default_output(model: str, recipe: Recipe) -> Path:
 
 
 def run_compress(
-    model: str, output: Path, recipe: Recipe, *, force: bool, warn: Callable[[str], None]
+    model: str, output: Path, recipe: Recipe, options: RunOptions, *, warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Compress and describe the file that came of it."""
-    if output.exists() and not force:
+    # A work folder beside an output that exists: the run may have been killed when nothing but the folder was left.
+    unfinished = (options.work_dir or default_folder(output)).exists()
+    if output.exists() and not options.overwrite and not unfinished:
         raise ConfigError(f"{output}: exists already; give another --output or --force")
     if output.is_dir():
         raise ConfigError(f"{output}: is a folder; give the name of a file")
@@ -57,7 +63,7 @@ def run_compress(
                 raise ConfigError(f"{model}: already compressed; give the original model")
             if output.exists() and Path(model).exists() and output.samefile(model):
                 raise ConfigError(f"{output}: is the model itself; give another --output")
-            report = compress(checkpoint, output, recipe, overwrite=force, warn=warn)
+            report = compress(checkpoint, output, recipe, options, warn=warn)
     except OSError as error:
         error.filename = error.filename or str(output)  # a write that fails does not say where
         raise
@@ -81,9 +87,9 @@ def format_result(result: dict[str, Any]) -> str:
     )
 
 
-def dry_run(model: str, recipe: Recipe) -> dict[str, Any]:
+def dry_run(model: str, recipe: Recipe, max_memory_bytes: int | None) -> dict[str, Any]:
     with quiet_transformers(), exact_float32():
-        return estimate_run(BlockwiseModel(open_checkpoint(model)), recipe)
+        return estimate_run(BlockwiseModel(open_checkpoint(model)), recipe, max_memory_bytes)
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:
@@ -91,7 +97,8 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         f"file             {format_bytes(estimate['file_bytes'])}",
         f"bits per weight  {estimate['bits_per_weight']:.3f}",
         f"quantized        {estimate['quantized_share']:.2%} of {estimate['parameters']:,} parameters",
-        f"peak memory      about {format_bytes(estimate['peak_rss_bytes'])}",
+        f"peak memory      at most {format_bytes(estimate['peak_rss_bytes'])}",
+        f"work folder      {format_bytes(estimate['work_bytes'])} besides the file, until the run is done",
         f"time             about {estimate['seconds']:.0f} s on this machine",
         f"left dense       {len(estimate['left_dense'])} tensors",
     ]
@@ -123,6 +130,13 @@ def format_perplexity(result: dict[str, Any]) -> str:
         f"in {result['seconds']:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def run_verify_against(file: Path, model: str, *, calibration: str | None, text_field: str) -> list[dict[str, Any]]:
+    """Each layer's recorded and recomputed error; an error names the first that is not as recorded."""
+    with quiet_transformers(), QtmFile.open(file) as opened:
+        checks = verify_against(opened, open_checkpoint(model), calibration, text_field)
+    return [check.to_dict() for check in checks]
 
 
 def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
@@ -158,15 +172,3 @@ def _check_length(n_prompt: int, n_new: int, config: Any) -> None:
             f"--max-new-tokens {n_new}: with the {n_prompt} tokens of the prompt that is more than "
             f"the model's context of {context}"
         )
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the parent that started us, whose peak outlives exec
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmHWM" in fields:
-            return int(fields["VmHWM"].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

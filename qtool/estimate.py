@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from qtool.budget import blocks_of, plan_budget
 from qtool.model import BlockwiseModel
-from qtool.pipeline import tokenizer_files
 from qtool.plan import TensorPlan, plan_tensors
+from qtool.provenance import embedded_files
 from qtool.recipe import Recipe
 from qtool.sizes import bits_per_weight, stored_bytes
 
@@ -18,25 +19,26 @@ HEADER_BYTES = 2500  # config, recipe, provenance and the entries of the tokeniz
 ENTRY_BYTES = 160  # one tensor in the header besides its name: shape, place, SHA-256
 QUANTIZED_ENTRY_BYTES = 250  # the same with bits, group size and error
 START_SECONDS = 8.0  # imports, tokenizer, reading and tokenizing the text
-INTERPRETER_BYTES = 480_000_000  # Python with torch and transformers imported and the text tokenized
 # Measured on the reference model against a plain matrix product: what else a forward pass does, and what a weight
 # costs in the scale search and the solver, mostly passes over memory.
 FORWARD_EFFICIENCY = 0.7
 SOLVER_OPERATIONS = 100_000
 
 
-def estimate_run(model: BlockwiseModel, recipe: Recipe) -> dict[str, Any]:
+def estimate_run(model: BlockwiseModel, recipe: Recipe, max_memory_bytes: int | None = None) -> dict[str, Any]:
     """Size and bits per weight to the byte but for the header; memory and time to within some tens of percent."""
     plan = plan_tensors(model, recipe)
+    budget = plan_budget(model, plan, recipe, max_memory_bytes)
     quantized = sum(t.n_parameters for t in plan if t.spec is not None)
     parameters = sum(t.n_parameters for t in plan)
-    files = sum(len(data) for data in tokenizer_files(model.checkpoint.tokenizer()).values())
+    files = sum(map(len, embedded_files(model.checkpoint, model.checkpoint.tokenizer()).values()))
     return {
         "file_bytes": sum(stored_bytes(t.encoding, t.shape) + _entry_bytes(t) for t in plan) + HEADER_BYTES + files,
         "parameters": parameters,
         "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
         "quantized_share": quantized / parameters,
-        "peak_rss_bytes": _peak_rss_bytes(model, plan, recipe),
+        "peak_rss_bytes": budget.peak_rss_bytes,
+        "work_bytes": 2 * budget.states_bytes,
         "seconds": _seconds(model, plan, recipe),
         "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
     }
@@ -46,29 +48,10 @@ def _entry_bytes(tensor: TensorPlan) -> int:
     return len(tensor.name) + (ENTRY_BYTES if tensor.spec is None else QUANTIZED_ENTRY_BYTES)
 
 
-def _blocks(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
-    """The linears that will be quantized, block by block."""
-    names = [f"{model.block_name(i)}." for i in range(len(model.blocks))]
-    return [[t for t in plan if t.name.startswith(name) and t.spec is not None] for name in names]
-
-
 def _n_tokens(model: BlockwiseModel, recipe: Recipe) -> int:
     if recipe.linears.method == "rtn":
         return 0
     return recipe.calibration.samples * min(recipe.calibration.seq_len, model.max_seq_len or 1 << 30)
-
-
-def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> int:
-    """The larger of two moments: the embeddings being packed, or the largest block being solved."""
-    outside = sum(8 * t.n_parameters for t in plan if not t.in_block)  # float32, as stored, and packed twice
-    hidden = 4 * _n_tokens(model, recipe) * int(model.config.hidden_size)
-    block = 0
-    for linears in _blocks(model, plan):
-        inputs = {t.shape[1] for t in linears}
-        # The block twice (as it was and decoded), a Hessian per input, and the largest one factored in float64.
-        solving = 8 * sum(t.n_parameters for t in linears) + sum(4 * n * n for n in inputs)
-        block = max(block, solving + 40 * max(inputs, default=0) ** 2)
-    return INTERPRETER_BYTES + max(outside, block) + hidden
 
 
 def _seconds(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> float:
@@ -76,7 +59,8 @@ def _seconds(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> f
     n_tokens = _n_tokens(model, recipe)
     seq_len = n_tokens // recipe.calibration.samples
     operations = 0.0
-    for linears in _blocks(model, plan):
+    for tensors in blocks_of(model, plan):
+        linears = [t for t in tensors if t.spec is not None]
         weights = sum(t.n_parameters for t in linears)
         attention = 4 * n_tokens * seq_len * int(model.config.hidden_size)
         hessians = sum(n_tokens * n * n for n in {t.shape[1] for t in linears})

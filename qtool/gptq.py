@@ -7,8 +7,8 @@ rows that the paper's Algorithm 1 would get by updating the inverse after every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from qtool.errors import QuantizeError
 from qtool.grid import Grid, fit_grid
 from qtool.recipe import QuantSpec
 
+MAX_ELEMENTS = 1 << 22
+"""Weights solved at a time: with the solver's temporaries, some 150 MB."""
 BLOCK_SIZE = 64
 """Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
 MAX_DAMPING_STEPS = 5
@@ -52,7 +54,7 @@ def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, nam
     for step in range(MAX_DAMPING_STEPS):
         percdamp = spec.percdamp * 10**step
         try:
-            return _factorize(stats.hessian.double(), weights, spec, percdamp)
+            return _factorize(stats.hessian, weights, spec, percdamp)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
     raise QuantizeError(
@@ -63,27 +65,39 @@ def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, nam
 
 def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, percdamp: float) -> Factor:
     input_scales = None
+    damped = hessian.clone()
     if spec.input_scales:
-        _, inverse = _damped_inverse(hessian, percdamp)
-        input_scales = fit_input_scales(weights, 1 / inverse.diagonal())
-        hessian = hessian * input_scales * input_scales[:, None]
-    diagonal = hessian.diagonal()
+        cost = 1 / _inverse(_damp(damped, percdamp)).diagonal()
+        input_scales = fit_input_scales(weights, cost)
+        damped.copy_(hessian).mul_(input_scales).mul_(input_scales[:, None])
+    diagonal = damped.diagonal().clone()
     perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
-    damped, inverse = _damped_inverse(hessian, percdamp)
-    hinv_chol = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
-    damping = damped.diagonal() - diagonal
-    return Factor(input_scales, perm, hinv_chol.float(), damped.float(), damping.float(), percdamp)
+    inverse = _inverse(_damp(damped, percdamp)[perm[:, None], perm])
+    hinv_chol = torch.linalg.cholesky(inverse, upper=True, out=inverse)
+    rows = torch.empty(inverse.shape).copy_(hinv_chol)  # the solver reads it row by row
+    return Factor(input_scales, perm, rows, damped, damped.diagonal() - diagonal, percdamp)
 
 
-def _damped_inverse(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
-    """(H + λ I, its inverse), λ = percdamp · mean of the diagonal, all [in, in] f64; LinAlgError if indefinite."""
+def _damp(hessian: Tensor, percdamp: float) -> Tensor:
+    """H + λ I in place, λ = percdamp · mean of the diagonal."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().item()
-    damped = hessian.clone()
+    unseen = diagonal == 0
     # A feature that no calibration token activates has a zero row. Its weight cannot change the output on
     # this data, so its pivot is pinned and it rounds to nearest, which is right for inputs not seen here.
-    damped.diagonal().add_(percdamp * mean).masked_fill_(diagonal == 0, mean or 1.0)
-    return damped, torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    diagonal.add_(percdamp * mean).masked_fill_(unseen, mean or 1.0)
+    return hessian
+
+
+def _inverse(damped: Tensor) -> Tensor:
+    """The inverse [in, in] f64 of a symmetric f32 matrix; LinAlgError if it is not positive definite.
+
+    LAPACK works column by column: on the transpose, which is the same matrix, each step is done in place, where it
+    would take a copy of its own otherwise.
+    """
+    work = damped.double().T
+    torch.linalg.cholesky(work, out=work)
+    return torch.cholesky_inverse(work, out=work)
 
 
 def fit_input_scales(weights: Sequence[Tensor], cost: Tensor) -> Tensor:
@@ -96,7 +110,8 @@ def fit_input_scales(weights: Sequence[Tensor], cost: Tensor) -> Tensor:
     such factors by trial; here they follow from the Hessian, and GPTQ works on what they leave.
     """
     rows = sum(len(weight) for weight in weights)
-    column = torch.stack([weight.square().sum(0) for weight in weights]).sum(0).div_(rows)  # [in] σ²
+    norms = [torch.linalg.vector_norm(weight, dim=0) for weight in weights]
+    column = torch.stack(norms).square_().sum(0).div_(rows)  # [in] σ²
     scales = (_floored(column).double() / _floored(cost)).sqrt_().sqrt_()
     scales /= scales.log().mean().exp()
     return scales.clamp_(*INPUT_SCALE_RANGE).half().float()
@@ -110,22 +125,29 @@ def _floored(values: Tensor) -> Tensor:
 
 def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
     """GPTQ of weight [out, in] f32: groups are static, fitted before the first column is rounded."""
-    scales = factor.input_scales
-    stored = weight if scales is None else weight / scales
-    group_size = spec.groups_of(weight.shape[1])
+    group_size, scales = spec.groups_of(weight.shape[1]), factor.input_scales
     metric = factor.damped if spec.scale_search else None
-    grid = fit_grid(stored, group_size, spec.bits, symmetric=spec.symmetric, hessian=metric)
-    codes = _round_columns(stored, factor, grid, group_size, spec.bits)
-    return _solution(stored, codes, grid, group_size, spec, factor)
+
+    def solve(rows: Tensor) -> _Rows:
+        stored = rows if scales is None else rows / scales
+        grid = fit_grid(stored, group_size, spec.bits, symmetric=spec.symmetric, hessian=metric)
+        codes = _round_columns(stored, factor, grid, group_size, spec.bits)
+        return _rows(stored, codes, grid, group_size, factor)
+
+    return _solution(weight, solve, spec, scales)
 
 
 def rtn_quantize(weight: Tensor, spec: QuantSpec) -> Solution:
     """Round to nearest: every weight on its own, no calibration; the error reported is that of the weights."""
     group_size = spec.groups_of(weight.shape[1])
-    grid = fit_grid(weight, group_size, spec.bits, symmetric=spec.symmetric)
-    groups = torch.from_numpy(group_index(weight.shape[1], group_size))
-    codes = grid.round(weight.T, groups, 2**spec.bits - 1)
-    return _solution(weight, codes, grid, group_size, spec, None)
+
+    def solve(rows: Tensor) -> _Rows:
+        grid = fit_grid(rows, group_size, spec.bits, symmetric=spec.symmetric)
+        groups = torch.from_numpy(group_index(rows.shape[1], group_size))
+        codes = grid.round(rows.T, groups, 2**spec.bits - 1)
+        return _rows(rows, codes, grid, group_size, None)
+
+    return _solution(weight, solve, spec, None)
 
 
 def _round_columns(
@@ -150,35 +172,61 @@ def _round_columns(
     return ordered
 
 
-def _solution(
-    stored: Tensor, codes: Tensor, grid: Grid, group_size: int, spec: QuantSpec, factor: Factor | None
-) -> Solution:
-    """The solution for the weight `stored` [out, in], its input scales divided out, and its codes [in, out]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Some rows of a solution, as the file will hold them."""
+
+    codes: np.ndarray  # [rows, in] u8
+    scales: np.ndarray  # [rows, G] f16
+    zeros: np.ndarray  # [rows, G] u8
+    decoded: Tensor  # [rows, in] f32, input scales not applied
+    lost: float  # tr(d H dᵀ)
+    energy: float  # tr(W H Wᵀ)
+
+
+def _rows(stored: Tensor, codes: Tensor, grid: Grid, group_size: int, factor: Factor | None) -> _Rows:
+    """For rows `stored` [rows, in], their input scales divided out, and their codes [in, rows]."""
     groups = torch.from_numpy(group_index(len(codes), group_size))
     decoded = grid.decode(codes, groups).T.contiguous()
-    error = relative_error(stored, decoded, factor)
-    scales = None if factor is None else factor.input_scales
-    layer = QuantizedLinear(
+    return _Rows(
         codes=_numpy(codes, np.uint8),
         scales=_numpy(grid.scales, np.float16),
-        zeros=None if spec.symmetric else _numpy(grid.zeros, np.uint8),
-        bits=spec.bits,
-        group_size=group_size,
-        input_scales=None if scales is None else scales.numpy().astype(np.float16),
+        zeros=_numpy(grid.zeros, np.uint8),
+        decoded=decoded,
+        lost=max(_output_energy(stored - decoded, factor), 0.0),
+        energy=_output_energy(stored, factor),
     )
-    return Solution(layer, decoded if scales is None else decoded * scales, error)
 
 
-def relative_error(weight: Tensor, decoded: Tensor, factor: Factor | None) -> float:
-    """tr(d H dᵀ) / tr(W H Wᵀ) with d = W - decoded and H undamped (SPEC 5.5); H is the identity without a factor."""
+def _solution(
+    weight: Tensor, solve: Callable[[Tensor], _Rows], spec: QuantSpec, input_scales: Tensor | None
+) -> Solution:
+    """Solve weight [out, in] a stripe of rows at a time: rows do not touch each other, and temporaries stay small."""
+    decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    stripes = []
+    step = max(1, MAX_ELEMENTS // weight.shape[1])
+    for rows, target in zip(weight.split(step), decoded.split(step), strict=True):
+        stripe = solve(rows)
+        target.copy_(stripe.decoded)
+        stripes.append(replace(stripe, decoded=target))
+    layer = QuantizedLinear(
+        codes=np.concatenate([stripe.codes for stripe in stripes]),
+        scales=np.concatenate([stripe.scales for stripe in stripes]),
+        zeros=None if spec.symmetric else np.concatenate([stripe.zeros for stripe in stripes]),
+        bits=spec.bits,
+        group_size=spec.groups_of(weight.shape[1]),
+        input_scales=None if input_scales is None else input_scales.numpy().astype(np.float16),
+    )
+    error = sum(stripe.lost for stripe in stripes) / max(sum(stripe.energy for stripe in stripes), 1e-30)
+    return Solution(layer, decoded if input_scales is None else decoded.mul_(input_scales), error)
 
-    def energy(w: Tensor) -> float:
-        if factor is None:
-            return float(w.square().sum(dtype=torch.float64))
-        damped = ((w @ factor.damped) * w).sum(dtype=torch.float64)
-        return float(damped - (w.square().sum(0) * factor.damping).sum(dtype=torch.float64))
 
-    return max(energy(weight - decoded), 0.0) / max(energy(weight), 1e-30)
+def _output_energy(weight: Tensor, factor: Factor | None) -> float:
+    """tr(W H Wᵀ) of weight [out, in] with the undamped H (SPEC 5.5); without a factor, H is the identity."""
+    if factor is None:
+        return float(weight.square().sum(dtype=torch.float64))
+    damped = ((weight @ factor.damped) * weight).sum(dtype=torch.float64)
+    return float(damped - (weight.square().sum(0) * factor.damping).sum(dtype=torch.float64))
 
 
 def _numpy(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:

@@ -7,7 +7,7 @@ or to pass through, it yields their inputs (`embed`) and turns their final outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +69,14 @@ class BlockwiseModel:
         named = [*self.skeleton.named_parameters(), *self.skeleton.named_buffers()]
         return [name for name, _ in named if name in stored and name.startswith(prefix)]
 
-    def outside_names(self) -> list[str]:
-        """The tensors that belong to no block."""
-        return [n for n in self.tensor_names() if not n.startswith(f"{self.block_list}.")]
+    def outside_names(self, *, head: bool = True) -> list[str]:
+        """The tensors that belong to no block; without `head`, not the output embedding unless it is tied."""
+        names = [n for n in self.tensor_names() if not n.startswith(f"{self.block_list}.")]
+        output = self.skeleton.get_output_embeddings()
+        if head or output is None:
+            return names
+        own = {name for name, p in self.skeleton.named_parameters() if any(p is q for q in output.parameters())}
+        return [n for n in names if n not in own or self._is_input_embedding(n)]
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of every linear in block `index`."""
@@ -102,9 +107,12 @@ class BlockwiseModel:
     # ---- weights in and out of memory
 
     @contextmanager
-    def materialised(self, names: list[str]) -> Iterator[None]:
-        """The tensors `names` in float32 inside the `with`; back to meta after it."""
-        self.checkpoint.load(self.skeleton, names)
+    def materialised(self, names: list[str], *, instead: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The tensors `names` in float32 inside the `with`, some with other values `instead`; back to meta after it."""
+        instead = instead or {}
+        self.checkpoint.load(self.skeleton, [name for name in names if name not in instead])
+        for name, value in instead.items():
+            set_tensor(self.skeleton, name, value)
         self.skeleton.tie_weights()
         try:
             yield
@@ -121,13 +129,8 @@ class BlockwiseModel:
 
     @contextmanager
     def outside(self, *, head: bool) -> Iterator[None]:
-        """Everything around the blocks; without `head`, not the output embedding unless it is tied."""
-        names = self.outside_names()
-        output = self.skeleton.get_output_embeddings()
-        if not head and output is not None:
-            own = {name for name, p in self.skeleton.named_parameters() if any(p is q for q in output.parameters())}
-            names = [n for n in names if n not in own or self._is_input_embedding(n)]
-        with self.materialised(names):
+        """Everything around the blocks, as `outside_names`."""
+        with self.materialised(self.outside_names(head=head)):
             yield
 
     def _is_input_embedding(self, name: str) -> bool:
@@ -163,6 +166,13 @@ class BlockwiseModel:
                 self._remember_calls((ids.shape[0], ids.shape[1]), calls)
                 return stop.hidden.float()
         raise CheckpointError(f"{self.checkpoint.name}: its blocks were not all run; architecture not supported")
+
+    def learn_calls(self, batches: Iterable[Tensor]) -> None:
+        """Make `run` ready for ids [batch, seq] of these shapes without keeping any input of a block."""
+        one_of_each = {tuple(ids.shape): ids for ids in batches}
+        with self.outside(head=False):
+            for ids in one_of_each.values():
+                self.embed(ids)
 
     def _remember_calls(self, shape: tuple[int, int], calls: list[BlockCall]) -> None:
         known = self._calls.setdefault(shape, calls)

@@ -40,7 +40,7 @@ def quiet_transformers() -> Iterator[None]:
 def release_free_memory() -> None:
     """Hand what the allocator holds free back to the system.
 
-    Blocks leave holes of many sizes behind; glibc keeps them, and a run over 30 blocks grows by half without this.
+    Layers leave holes of many sizes behind; glibc keeps them, and a run over 30 blocks grows by half without this.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only

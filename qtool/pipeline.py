@@ -2,254 +2,276 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import qtool
 from calibration.capture import HessianCapture
-from calibration.corpus import calibration_windows
+from calibration.errors import CalibrationError
 from calibration.hessian import LayerStats
 from calibration.windows import TokenWindows
-from formats.encoding import encoding_of
-from formats.errors import error_context
-from formats.loader import GENERATION_CONFIG
+from formats.encoding import Dense, Uniform, encoding_of
+from formats.errors import FormatError, error_context
+from formats.header import TensorEntry
 from formats.section import pack
 from formats.skeleton import set_tensor
-from formats.writer import Writer
+from formats.writer import BytesLike, Writer
+from qtool.budget import Budget, check_disk, plan_budget
 from qtool.checkpoint import Checkpoint, find_tensor
+from qtool.errors import QtoolError
 from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
+from qtool.journal import SAMPLE, Journal
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import dense_section, rounded_section
 from qtool.plan import TensorPlan, plan_tensors
-from qtool.recipe import Recipe
-from qtool.sample import sample_from
-
-LEFT_OUT_OF_CONFIG = ("_name_or_path", "_model_name_or_path", "auto_map")  # paths, and code that is never run
-TOKENS_PER_BATCH = 1024
-"""Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
-
-
-@dataclass(slots=True)
-class RunReport:
-    """What a run did, for the CLI to print."""
-
-    relative_errors: dict[str, float] = field(default_factory=dict)
-    harder_damped: dict[str, float] = field(default_factory=dict)  # layer -> the percdamp it took
-    uncalibrated: list[str] = field(default_factory=list)  # layers no token reached, rounded to nearest
-    seconds: float = 0.0
+from qtool.provenance import embedded_files, header_members, machine, run_identity, source_files
+from qtool.recipe import Recipe, RunOptions
+from qtool.runlog import RunLog, RunReport
+from qtool.sample import draw_sample
+from qtool.states import HiddenStates
 
 
 def compress(
     checkpoint: Checkpoint,
     output: Path,
     recipe: Recipe,
+    options: RunOptions | None = None,
     *,
-    overwrite: bool = False,
     warn: Callable[[str], None] = lambda line: None,
 ) -> RunReport:
     """Write `output`, the compressed model. Nothing appears under that name unless the whole run succeeds.
 
+    Whatever stops the run, the same call goes on behind the last finished block and writes the same bytes.
     `warn` is handed each line that the user should read, as soon as it is known.
     """
+    options = options or RunOptions()
     started = time.perf_counter()
     report = RunReport()
-    with exact_float32(), Writer(output, overwrite=overwrite) as writer:
-        tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
-        model = BlockwiseModel(checkpoint)
-        if unused := checkpoint.unused():
-            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-            warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
-        run = _Run(model, plan_tensors(model, recipe), writer, report)
-        windows = None
-        if recipe.linears.method != "rtn":
-            windows = draw_sample(model, recipe, tokenizer)
-            for line in (*windows.warnings, *windows.notes):
-                warn(line)
-        run.blocks(windows)
-        for name, data in tokenizer_files(tokenizer).items():
-            writer.add_file(name, data)
-        writer.add_file(GENERATION_CONFIG, checkpoint.generation_config().to_json_string().encode())
-        writer.finish(**_header(model, recipe, windows, report))
+    with exact_float32(), RunLog(options.log_file) as log, Journal(output, options.work_dir) as journal:
+        job = _prepare(checkpoint, recipe, options, warn)
+        journal.begin(job.identity(), 1 + len(job.model.blocks), restart=options.restart)
+        if not journal.is_published:
+            if journal.steps:
+                journal.check()
+                warn(f"goes on behind {journal.progress}, kept in {journal.folder}")
+            check_disk(journal, job.plan, job.files, job.budget)
+            windows = _windows(job, journal, warn)
+            job.budget.check_now()
+            with Writer(output, options.overwrite, part=journal.sections, written=journal.entries) as writer:
+                with _giving_up(journal):
+                    _Run(job, writer, journal, log).blocks(windows)
+                for name, data in job.files.items():
+                    writer.add_file(name, data)
+                for step in journal.steps:
+                    report.add(step.report)
+                writer.finish(**header_members(job.model, recipe, windows, job.sources, report.quality()))
     report.seconds = time.perf_counter() - started
     return report
 
 
-def draw_sample(model: BlockwiseModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-    """The calibration windows of a recipe, cut to the model's context."""
-    spec = recipe.calibration
-    windows = calibration_windows(
-        spec.source,
-        lambda text: list(tokenizer(text, verbose=False).input_ids),
-        n_samples=spec.samples,
-        seq_len=min(spec.seq_len, model.max_seq_len or spec.seq_len),
-        seed=spec.seed,
-        text_field=spec.text_field,
-        sample_self=sample_from(model),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is to be done, all of it decided before the first tensor is read."""
+
+    model: BlockwiseModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    plan: list[TensorPlan]
+    budget: Budget
+    sources: list[dict[str, Any]]
+    files: dict[str, bytes]
+
+    def identity(self) -> dict[str, Any]:
+        windows_per_batch = self.budget.windows_per_batch
+        return run_identity(self.model, self.recipe, self.sources, self.files, windows_per_batch=windows_per_batch)
+
+
+def _prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None]) -> _Job:
+    tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
+    model = BlockwiseModel(checkpoint)
+    if unused := checkpoint.unused():
+        names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
+    plan = plan_tensors(model, recipe)
+    return _Job(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        plan=plan,
+        budget=plan_budget(model, plan, recipe, options.max_memory_bytes),
+        sources=source_files(checkpoint),
+        files=embedded_files(checkpoint, tokenizer),
     )
-    model.check_tokens(torch.from_numpy(windows.ids))
+
+
+def _windows(job: _Job, journal: Journal, warn: Callable[[str], None]) -> TokenWindows | None:
+    """The calibration windows, which have to be those that a resumed run was begun with."""
+    windows = None
+    if job.recipe.linears.method != "rtn":
+        windows = draw_sample(job.model, job.recipe, job.tokenizer, keep_own=journal.folder / SAMPLE)
+        for line in (*windows.warnings, *windows.notes):
+            warn(line)
+        release_free_memory()  # the tokenizer's
+    if journal.steps:
+        begun = journal.steps[0].report
+        journal.check_same("calibration_sha256", windows and windows.sha256)
+        if begun["machine"] != machine():
+            warn(f"begun on {begun['machine']}, goes on with {machine()}: a few codes can differ from a run in one go")
     return windows
 
 
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """File name -> content of the tokenizer as transformers saves it, chat template included."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+@contextmanager
+def _giving_up(journal: Journal) -> Iterator[None]:
+    """Keep nothing of a run that meets what it would meet again: a broken weight, a layer that cannot be solved."""
+    try:
+        yield
+    except (QtoolError, CalibrationError, FormatError) as error:
+        if not isinstance(error.__cause__, OSError):  # a disk or a network may do better next time
+            journal.give_up()
+        raise
 
 
 class _Run:
-    """One pass over the model, from the first tensor to the last."""
+    """One pass over the model, from the first tensor to the last; what the journal has is left out."""
 
-    def __init__(self, model: BlockwiseModel, plan: list[TensorPlan], writer: Writer, report: RunReport) -> None:
-        self.model, self.writer, self.report = model, writer, report
-        self.plan = {tensor.name: tensor for tensor in plan}
+    def __init__(self, job: _Job, writer: Writer, journal: Journal, log: RunLog) -> None:
+        self.model, self.budget = job.model, job.budget
+        self.writer, self.journal, self.log = writer, journal, log
+        self.plan = {tensor.name: tensor for tensor in job.plan}
+        self.entries: list[TensorEntry] = []  # of the step being done
+        self.report = RunReport()
 
     def blocks(self, windows: TokenWindows | None) -> None:
         """Write every tensor; with calibration windows, hand each block the quantized blocks' output."""
-        hidden = self._outside(windows)
-        count = len(self.model.blocks)
-        with tqdm(total=count, unit="block", desc="quantize", disable=None) as bar:
-            for index in range(count):
+        states = None
+        if windows is not None:
+            ids = torch.from_numpy(windows.ids)
+            states = HiddenStates(self.journal.folder, ids, self.budget.windows_per_batch)
+        if not self.journal.steps:
+            self._outside(states)
+            self._commit(calibration_sha256=windows and windows.sha256, machine=machine())
+        elif states is not None:
+            self.model.learn_calls(states.batches)
+        count, done = len(self.model.blocks), len(self.journal.steps) - 1
+        with tqdm(total=count, initial=done, unit="block", desc="quantize", disable=None) as bar:
+            for index in range(done, count):
                 bar.set_description(f"quantize block {index + 1} of {count}")
                 with self.model.block(index):
-                    self._block(index, hidden, bar)
+                    self._block(index, states, bar)
+                    self._commit()
                 release_free_memory()
                 bar.update()
 
-    def _outside(self, windows: TokenWindows | None) -> list[Tensor]:
-        """Write what lies outside the blocks; returns the first block's inputs, a batch [b, seq, hidden] each."""
-        names = self.model.outside_names()
-        with self.model.materialised(names):
-            for name in names:
-                decoded = self._write(self.plan[name])
-                if decoded is not None and windows is not None:
-                    set_tensor(self.model.skeleton, name, decoded)  # blocks are calibrated on what will be looked up
-            if windows is None:
-                return []
-            self.model.skeleton.tie_weights()
-            batch = max(1, TOKENS_PER_BATCH // windows.ids.shape[1])
-            return [self.model.embed(ids) for ids in torch.from_numpy(windows.ids).split(batch)]
+    def _commit(self, **first: Any) -> None:
+        """End a step: from here on, no interruption costs it."""
+        self.writer.sync()
+        self.journal.commit(self.entries, asdict(self.report) | first)
+        self.entries, self.report = [], RunReport()
 
-    def _block(self, index: int, hidden: list[Tensor], bar: tqdm[Any]) -> None:
-        """Calibrate, quantize and write one block; leave its quantized outputs in `hidden`."""
+    def _outside(self, states: HiddenStates | None) -> None:
+        """Write what lies outside the blocks, one tensor in memory at a time, and the first block's inputs."""
+        looked_up = self.model.outside_names(head=False) if states is not None else []
+        decoded: dict[str, Tensor] = {}
+        for name in sorted(self.model.outside_names(), key=lambda name: name in looked_up):
+            with self.model.materialised([name]):
+                self._write(self.plan[name])
+                if name in looked_up and self.plan[name].spec is not None:
+                    # Blocks are calibrated on what will be looked up: the values are now the decoded ones.
+                    decoded[name] = find_tensor(self.model.skeleton, name)
+            release_free_memory()
+        if states is not None:
+            with self.model.materialised(looked_up, instead=decoded):
+                states.write(0, map(self.model.embed, states.batches))
+
+    def _block(self, index: int, states: HiddenStates | None, bar: tqdm[Any]) -> None:
+        """Calibrate, quantize and write one block; its quantized outputs are the next block's inputs."""
         stats: dict[str, LayerStats] = {}
-        if hidden:
-            stats = HessianCapture(self.model.linears(index)).run(lambda x: self.model.run(index, x), hidden)
+        if states is not None:
+            capture = HessianCapture(self.model.linears(index))
+            stats = capture.run(lambda x: self.model.run(index, x), states.read(index))
+            release_free_memory()
         block = f"{self.model.block_name(index)}."
         tensors = [self.plan[name] for name in self.model.tensor_names(block)]
-        for readers in _by_input([t for t in tensors if t.spec is not None], stats):
-            for tensor, solution in self._solve(readers, stats.get(readers[0].layer)):
+        groups = _by_input([t for t in tensors if t.spec is not None], stats)
+        while groups:
+            readers, shared = groups.pop(0)  # statistics go as soon as they have been used
+            for tensor, solution in self._solve(readers, shared):
                 self._write_solution(tensor, solution)
+                release_free_memory()
                 bar.set_postfix_str(f"{tensor.layer.removeprefix(block)} error {solution.relative_error:.2e}")
         for tensor in tensors:
             if tensor.spec is None:
                 self._write(tensor)
-        if index + 1 < len(self.model.blocks):
-            for states in hidden:
-                states.copy_(self.model.run(index, states))
+        if states is not None and index + 1 < len(self.model.blocks):
+            states.write(index + 1, (self.model.run(index, x) for x in states.read(index)))
 
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""
+        self.log.start_layer()
         weights = [self._weight(tensor) for tensor in readers]
         factor: Factor | None = None
-        for tensor, weight in zip(readers, weights, strict=True):
+        for tensor in readers:
             assert tensor.spec is not None
+            weight = weights.pop(0)
             with error_context(tensor.name):
                 if tensor.spec.method == "rtn" or stats is None:
                     solution = rtn_quantize(weight, tensor.spec)
                 else:
-                    factor = factor or factorize(stats, weights, tensor.spec, tensor.name)
+                    factor = factor or factorize(stats, [weight, *weights], tensor.spec, tensor.name)
                     solution = gptq_quantize(weight, factor, tensor.spec)
-            if stats is None and tensor.spec.method != "rtn":
-                self.report.uncalibrated.append(tensor.name)
-            if factor is not None and factor.percdamp > tensor.spec.percdamp:
-                self.report.harder_damped[tensor.name] = factor.percdamp
+            self._report(tensor, solution, stats, factor)
             decoded = solution.decoded.T.contiguous() if tensor.transposed else solution.decoded
             set_tensor(self.model.skeleton, tensor.name, decoded)
             yield tensor, solution
+
+    def _report(self, tensor: TensorPlan, solution: Solution, stats: LayerStats | None, factor: Factor | None) -> None:
+        assert tensor.spec is not None
+        self.report.relative_errors[tensor.name] = solution.relative_error
+        if stats is None and tensor.spec.method != "rtn":
+            self.report.uncalibrated.append(tensor.name)
+        if stats is not None and stats.n_dropped:
+            self.report.dropped_tokens[tensor.name] = stats.n_dropped
+        if factor is not None and factor.percdamp > tensor.spec.percdamp:
+            self.report.harder_damped[tensor.name] = factor.percdamp
+        self.log.layer(tensor, solution, stats, factor)
 
     def _weight(self, tensor: TensorPlan) -> Tensor:
         """The weight [out, in] f32 of a linear that is materialised."""
         weight = find_tensor(self.model.skeleton, tensor.name)
         return weight.T if tensor.transposed else weight
 
-    def _write(self, tensor: TensorPlan) -> Tensor | None:
-        """STAGE 5, pack: append a tensor that no solver touches; returns its decoded values if it was rounded."""
-        values, decoded = find_tensor(self.model.skeleton, tensor.name), None
-        if tensor.spec is None:
-            section: Any = dense_section(values, tensor)
-        else:
-            with error_context(tensor.name):
-                section, decoded = rounded_section(values, tensor)
-        self.writer.add_tensor(tensor.name, tensor.shape, tensor.encoding, section)
-        return decoded
+    def _write(self, tensor: TensorPlan) -> None:
+        """STAGE 5, pack: append a tensor that no solver touches; one that is rounded is left in memory as decoded."""
+        values = find_tensor(self.model.skeleton, tensor.name)
+        with error_context(tensor.name):
+            section = dense_section(values, tensor) if tensor.spec is None else rounded_section(values, tensor)
+        self._append(tensor, tensor.encoding, section)
 
     def _write_solution(self, tensor: TensorPlan, solution: Solution) -> None:
         """STAGE 5, pack: append a layer that was solved."""
-        self.report.relative_errors[tensor.name] = solution.relative_error
-        self.writer.add_tensor(
-            tensor.name,
-            tensor.shape,
-            encoding_of(solution.layer),
-            pack(solution.layer),
-            transposed=tensor.transposed,
-            relative_error=solution.relative_error,
-        )
+        encoding, error = encoding_of(solution.layer), solution.relative_error
+        self._append(tensor, encoding, pack(solution.layer), relative_error=error, transposed=tensor.transposed)
+
+    def _append(self, tensor: TensorPlan, encoding: Dense | Uniform, section: BytesLike, **fields: Any) -> None:
+        self.entries.append(self.writer.add_tensor(tensor.name, tensor.shape, encoding, section, **fields))
 
 
-def _by_input(tensors: list[TensorPlan], stats: dict[str, LayerStats]) -> list[list[TensorPlan]]:
+def _by_input(
+    tensors: list[TensorPlan], stats: dict[str, LayerStats]
+) -> list[tuple[list[TensorPlan], LayerStats | None]]:
     """Linears grouped by the statistics they share, in the model's order; without statistics, each alone."""
-    groups: dict[int, list[TensorPlan]] = {}
+    groups: dict[int, tuple[list[TensorPlan], LayerStats | None]] = {}
     for tensor in tensors:
-        key = id(stats[tensor.layer]) if tensor.layer in stats else -1 - len(groups)
-        groups.setdefault(key, []).append(tensor)
+        shared = stats.pop(tensor.layer, None)
+        key = -1 - len(groups) if shared is None else id(shared)
+        groups.setdefault(key, ([], shared))[0].append(tensor)
     return list(groups.values())
-
-
-def _header(
-    model: BlockwiseModel, recipe: Recipe, windows: TokenWindows | None, report: RunReport
-) -> dict[str, dict[str, Any]]:
-    """The free objects of the file's header. No time stamps and no paths: the same run gives the same bytes."""
-    checkpoint = model.checkpoint
-    config = json.loads(checkpoint.config.to_json_string(use_diff=False))
-    values = recipe.to_dict()
-    if windows is None:
-        values["calibration"] = None
-    else:  # as it was drawn: windows end at the model's context
-        samples, seq_len = windows.ids.shape
-        values["calibration"] |= {"source": windows.source, "samples": samples, "seq_len": seq_len}
-    return {
-        "model": {
-            "model_type": checkpoint.config.model_type,
-            "architecture": type(model.skeleton).__name__,
-            "blocks": model.block_list,
-            "config": {k: v for k, v in config.items() if k not in LEFT_OUT_OF_CONFIG},
-        },
-        "recipe": values,
-        "provenance": {
-            "qtool": qtool.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "source_format": checkpoint.format,
-            "source_files": [{"name": name, "bytes": size} for name, size in checkpoint.source_files()],
-            "calibration_sha256": windows.sha256 if windows else None,
-        },
-        "quality": {
-            "mean_relative_error": float(np.mean(list(report.relative_errors.values()) or [0.0])),
-            "harder_damped": report.harder_damped,
-            "uncalibrated": report.uncalibrated,
-        },
-    }

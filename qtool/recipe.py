@@ -1,8 +1,11 @@
-"""The numbers that define the result: one spec per layer, one recipe per run. Both are stored in the file."""
+"""The numbers that define the result, one spec per layer and one recipe per run, both stored in the file; and what does
+not define it: how the run is carried out.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from qtool.errors import ConfigError
@@ -89,3 +92,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a run is carried out; none of this is in the file."""
+
+    overwrite: bool = False
+    work_dir: Path | None = None  # beside the output if None
+    restart: bool = False  # drop what an earlier run left in the work folder
+    max_memory_bytes: int | None = None  # resident set that the run keeps to, or refuses to start
+    log_file: Path | None = None

@@ -13,7 +13,7 @@ from typing import Any
 from formats.encoding import Uniform
 from formats.header import TensorEntry
 from formats.reader import QtmFile
-from qtool.sizes import bits_per_weight, stored_bytes
+from qtool.sizes import bits_per_weight, format_bytes, stored_bytes
 
 DENSE_BITS = {"F16": 16, "BF16": 16, "F32": 32}
 
@@ -56,18 +56,11 @@ def format_inspection(found: dict[str, Any], *, tensors: bool) -> str:
     ]
     for key, text in (("harder_damped", "damped harder"), ("uncalibrated", "saw no calibration token")):
         lines += [f"warning          {name} {text}" for name in found["quality"].get(key, ())]
+    dropped = found["quality"].get("dropped_tokens", {})
+    lines += [f"warning          {name}: {n} tokens with NaN or infinity left out" for name, n in dropped.items()]
     dense = [row for row in rows if row["encoding"] == "dense"]
     lines.append(f"left dense       {len(dense)} tensors: {fold_names(row['name'] for row in dense)}")
     return "\n".join(lines + (["", *_tensor_table(rows)] if tensors else []))
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least one: 93.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
 
 
 def _describe_recipe(linears: dict[str, Any], embeddings: Any) -> str:

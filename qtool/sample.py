@@ -1,21 +1,60 @@
-"""Calibration text that the model writes itself (`--calibration self`)."""
+"""The calibration windows of a run, and the text that the model writes itself (`--calibration self`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from calibration.corpus import SampleSelf, calibration_windows
+from calibration.windows import TokenWindows
 from qtool.model import BlockwiseModel
+from qtool.recipe import Recipe
 
 SAMPLES_PER_BATCH = 8
 
 
-def sample_from(model: BlockwiseModel) -> Callable[[int, int, int], npt.NDArray[np.int64]]:
+def draw_sample(
+    model: BlockwiseModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, keep_own: Path
+) -> TokenWindows:
+    """The calibration windows of a recipe, cut to the model's context.
+
+    What the model writes itself takes long: it is kept in `keep_own`, and taken from there if that exists.
+    """
+    spec = recipe.calibration
+    windows = calibration_windows(
+        spec.source,
+        lambda text: list(tokenizer(text, verbose=False).input_ids),
+        n_samples=spec.samples,
+        seq_len=min(spec.seq_len, model.max_seq_len or spec.seq_len),
+        seed=spec.seed,
+        text_field=spec.text_field,
+        sample_self=_kept(sample_from(model), keep_own),
+    )
+    model.check_tokens(torch.from_numpy(windows.ids))
+    return windows
+
+
+def _kept(sample: SampleSelf, path: Path) -> SampleSelf:
+    def sample_or_load(n_samples: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
+        if not path.exists():
+            new = path.with_name(f"{path.name}.new")
+            with open(new, "wb") as file:
+                np.save(file, sample(n_samples, seq_len, seed))
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        ids: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+        return ids
+
+    return sample_or_load
+
+
+def sample_from(model: BlockwiseModel) -> SampleSelf:
     """A sampler (n_samples, seq_len, seed) -> ids [n_samples, seq_len] int64, each beginning with BOS.
 
     This is the one stage that holds the whole model, in float32: text cannot be written a block at a time.

@@ -1,4 +1,4 @@
-"""What a tensor costs in the file."""
+"""What a tensor costs in the file, and bytes as people read them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def bits_per_weight(tensors: Iterable[tuple[Encoding, Shape]]) -> float:
     pairs = list(tensors)
     n_parameters = sum(math.prod(shape) for _, shape in pairs)
     return 8 * sum(stored_bytes(*pair) for pair in pairs) / n_parameters if n_parameters else 0.0
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least one: 93.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"

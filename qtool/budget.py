@@ -1,0 +1,132 @@
+"""What a run will need, known before it starts: memory as a bound that `--max-memory` is held against, and disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qtool.errors import ConfigError
+from qtool.gptq import MAX_ELEMENTS
+from qtool.journal import Journal
+from qtool.memory import peak_rss_bytes
+from qtool.model import BlockwiseModel
+from qtool.plan import TensorPlan
+from qtool.recipe import Recipe
+from qtool.sizes import format_bytes, stored_bytes
+
+TOKENS_PER_BATCH = 1024
+"""Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
+INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
+TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
+SLACK = 1.15  # what the allocator holds free between tensors
+SOLVER_COPIES = 10  # of a stripe of weights as float32: scaled, free, codes, error, decoded, the grid's temporaries
+HEADER_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How a run keeps to its memory."""
+
+    windows_per_batch: int
+    peak_rss_bytes: int  # a bound for the whole run
+    states_bytes: int  # of one file of hidden states on disk
+    max_memory_bytes: int | None = None
+
+    def check_now(self) -> None:
+        """Refuse to start when reading and tokenizing the text has already taken more than the limit."""
+        if self.max_memory_bytes is not None and peak_rss_bytes() > self.max_memory_bytes:
+            raise _too_little(self.max_memory_bytes, SLACK * peak_rss_bytes(), "the calibration text takes that much")
+
+
+def plan_budget(
+    model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe, max_memory_bytes: int | None = None
+) -> Budget:
+    """The largest batches that keep to `max_memory_bytes`; ConfigError names the least that the run needs."""
+    seq_len = min(recipe.calibration.seq_len, model.max_seq_len or recipe.calibration.seq_len)
+    n_windows = 0 if recipe.linears.method == "rtn" else recipe.calibration.samples
+    states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
+    windows = max(1, TOKENS_PER_BATCH // seq_len)
+    while True:
+        peak = _peak_rss_bytes(model, plan, windows * seq_len if n_windows else 0, seq_len)
+        if max_memory_bytes is None or peak <= max_memory_bytes:
+            return Budget(windows, peak, states_bytes, max_memory_bytes)
+        if windows == 1 or not n_windows:
+            raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")
+        windows //= 2
+
+
+def _too_little(limit: int, needed: float, why: str) -> ConfigError:
+    return ConfigError(f"--max-memory {format_bytes(limit)}: this run needs at least {format_bytes(needed)}: {why}")
+
+
+def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int) -> int:
+    """The largest of the moments of a run: a tensor outside the blocks is packed, a block is run, a layer is solved."""
+    largest = max((6 * t.n_parameters for t in plan if not t.in_block), default=0)  # float32, and as it was stored
+    looked_up = sum(4 * t.n_parameters for t in plan if not t.in_block and t.name in model.outside_names(head=False))
+    moments: list[float] = [largest, TOKENIZER_BYTES * bool(n_tokens)]
+    for tensors in blocks_of(model, plan):
+        weights = 4 * sum(t.n_parameters for t in tensors)
+        running = _forward_bytes(model, tensors, n_tokens, seq_len)
+        moments += [1.5 * weights + looked_up * bool(n_tokens), weights + running + _hessians(tensors) * bool(n_tokens)]
+        moments += [weights + _solver_bytes(t, calibrated=bool(n_tokens)) for t in tensors if t.spec is not None]
+    return int(INTERPRETER_BYTES + SLACK * max(moments))
+
+
+def blocks_of(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
+    """The tensors of each block."""
+    prefixes = [f"{model.block_name(i)}." for i in range(len(model.blocks))]
+    found: dict[str, list[TensorPlan]] = {prefix: [] for prefix in prefixes}
+    for tensor in plan:
+        if tensor.in_block:
+            number = tensor.name.removeprefix(f"{model.block_list}.").partition(".")[0]
+            found[f"{model.block_list}.{number}."].append(tensor)
+    return list(found.values())
+
+
+def _hessians(tensors: Iterable[TensorPlan]) -> int:
+    """Bytes of a block's Hessians while they are summed; linears of one width share up to three, as q, k and v do."""
+    widths = [t.shape[1] for t in tensors if t.spec is not None]
+    return sum(4 * n * n * min(widths.count(n), 3) for n in set(widths)) + 4 * max(widths, default=0) ** 2
+
+
+def _solver_bytes(tensor: TensorPlan, *, calibrated: bool) -> int:
+    """Bytes of solving one layer besides the block: the Hessian and its factor, a stripe's temporaries, the result."""
+    hessian = 4 * tensor.shape[1] ** 2 if calibrated else 0
+    # Hessian, damped and a float64 to factor; or Hessian, damped, factor and the temporaries of a stripe.
+    factoring, solving = 5 * hessian, 3 * hessian + 4 * SOLVER_COPIES * min(tensor.n_parameters, MAX_ELEMENTS)
+    return max(factoring, solving) + 7 * tensor.n_parameters  # decoded, codes, and packed twice
+
+
+def _forward_bytes(model: BlockwiseModel, tensors: Iterable[TensorPlan], n_tokens: int, seq_len: int) -> int:
+    """Bytes of one batch's activations in a block."""
+    widths = sum(max(t.shape) for t in tensors if len(t.shape) == 2)
+    scores = 0
+    if getattr(model.config, "_attn_implementation", None) == "eager":  # others never hold the scores as a whole
+        scores = 3 * 4 * int(model.config.num_attention_heads) * n_tokens * seq_len
+    return 4 * n_tokens * widths + scores
+
+
+def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:
+    """A bound for the size of the file."""
+    return sum(stored_bytes(t.encoding, t.shape) for t in plan) + sum(map(len, files.values())) + HEADER_BYTES
+
+
+def check_disk(journal: Journal, plan: list[TensorPlan], files: Mapping[str, bytes], budget: Budget) -> None:
+    """Refuse to start when the work folder, or the output where that lies elsewhere, has not the space for the run."""
+    whole = file_bytes(plan, files)
+    used = sum(path.stat().st_size for path in journal.folder.iterdir())
+    _require(journal.folder, max(whole + 2 * budget.states_bytes - used, 0))
+    if os.stat(journal.folder).st_dev != os.stat(journal.output.parent).st_dev:
+        _require(journal.output.parent, whole)
+
+
+def _require(folder: Any, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder}: the run needs {format_bytes(needed)} of disk space there, {format_bytes(free)} are free; "
+            "make room, or give another --output or --work-dir"
+        )

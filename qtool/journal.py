@@ -1,0 +1,220 @@
+"""The work folder of a run, from which the same command goes on after whatever stopped it.
+
+    manifest.json   everything that decides the result: another run's journal is never gone on with
+    journal.jsonl   one line for each finished step: its tensors and its part of the report
+    sections        the file so far, as formats.writer writes it
+    states.*        the hidden states that the next block reads (qtool.states)
+    self.npy        the sample that the model wrote itself, if it did
+
+A step is finished once its line is on the disk, and the line is written after everything that it speaks of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from formats.header import TensorEntry, tensor_entry
+from formats.writer import sync_folder
+from qtool.errors import ConfigError
+from qtool.lock import locked_folder, locked_output
+from qtool.states import STATES_FILES
+
+MANIFEST, LINES, SECTIONS, SAMPLE = "manifest.json", "journal.jsonl", "sections", "self.npy"
+_FILES = (*STATES_FILES, SECTIONS, SAMPLE, f"{SAMPLE}.new", LINES, f"{MANIFEST}.new", MANIFEST)  # as they are removed
+_DIGITS = 16  # of the SHA-256 before each line
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What lies outside the blocks, or one block: its tensors, and what it adds to the report."""
+
+    tensors: tuple[TensorEntry, ...]
+    report: dict[str, Any]
+
+
+class Journal:
+    """Context manager: holds the output and the folder, and leaves the folder only if a run can go on from it."""
+
+    def __init__(self, output: Path, folder: Path | None = None) -> None:
+        self.output = output
+        self.folder = folder or default_folder(output)
+        self.sections = self.folder / SECTIONS
+        self.steps: list[Step] = []
+        self._n_steps = 0
+        self._begun = self._hopeless = False
+        self._locks = ExitStack()
+
+    def __enter__(self) -> Journal:
+        with ExitStack() as stack:
+            stack.enter_context(locked_output(self.output))
+            self.folder.mkdir(exist_ok=True)
+            stack.enter_context(locked_folder(self.folder))
+            self._refuse_foreign_files()
+            self._locks = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._locks:
+            if not self._begun:
+                with suppress(OSError):  # another run's files may be in it
+                    self.folder.rmdir()
+            elif error is None or self._hopeless or not (self.steps or (self.folder / SAMPLE).exists()):
+                self._clear()
+                with suppress(OSError):  # a mount point stays
+                    self.folder.rmdir()
+            else:
+                error.add_note(self._outlook())
+
+    def begin(self, identity: Mapping[str, Any], n_steps: int, *, restart: bool = False) -> None:
+        """Go on with the run of `identity`, or start it. ConfigError when the folder holds another run."""
+        known = None if restart else self._manifest()
+        if known is None:
+            self._clear()
+            _write_durably(self.folder / MANIFEST, json.dumps(identity, indent=1).encode())
+        elif known != identity:
+            raise self._other_run(_difference(known, identity))
+        self._n_steps, self._begun = n_steps, True
+        self.steps = self._read_lines()
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """The tensors of all finished steps."""
+        return [entry for step in self.steps for entry in step.tensors]
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the run came to its end and was killed between naming the file and removing the folder."""
+        if len(self.steps) < self._n_steps or not self.output.exists():
+            return False
+        return not self.sections.exists() or self.sections.samefile(self.output)
+
+    def check(self) -> None:
+        """Refuse to go on from sections that are not what was journalled: a disk can lose what it promised."""
+        with suppress(FileNotFoundError), open(self.sections, "rb") as file:
+            if all(_sha256(file, entry) == entry.sha256 for entry in self.entries):
+                return
+        raise ConfigError(f"{self.sections}: damaged; give --restart to begin anew")
+
+    def check_same(self, what: str, now: Any) -> None:
+        """Refuse to go on when `what`, in the first step's report, is not what it is now."""
+        if self.steps and self.steps[0].report[what] != now:
+            raise self._other_run(f"{what} is {now}, was {self.steps[0].report[what]}")
+
+    def commit(self, tensors: Sequence[TensorEntry], report: Mapping[str, Any]) -> None:
+        """Note that a step is finished; all it wrote has to be durable already."""
+        step = Step(tuple(tensors), dict(report))
+        text = json.dumps({"tensors": [entry.fields() for entry in tensors], "report": step.report})
+        with open(self.folder / LINES, "ab") as file:
+            file.write(f"{_check(text)} {text}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if not self.steps:
+            sync_folder(self.folder)
+        self.steps.append(step)
+
+    def give_up(self) -> None:
+        """Keep nothing: the same command would run into the same error again."""
+        self._hopeless = True
+
+    def _outlook(self) -> str:
+        return f"{self.progress} are kept in {self.folder}, the same command goes on from there"
+
+    @property
+    def progress(self) -> str:
+        return f"{max(len(self.steps) - 1, 0)} of {self._n_steps - 1} blocks"
+
+    def _other_run(self, difference: str) -> ConfigError:
+        return ConfigError(
+            f"{self.folder}: holds another run ({difference}); run that one to its end, "
+            "give --restart to drop it, or another --work-dir"
+        )
+
+    def _refuse_foreign_files(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in _FILES:
+                raise ConfigError(f"{self.folder}: has {path.name!r} in it, which is no run's; give a new --work-dir")
+
+    def _manifest(self) -> Any:
+        """The identity of the run in the folder; None when there is none, or none that got as far as a manifest."""
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return None
+
+    def _read_lines(self) -> list[Step]:
+        """The steps of all whole lines; what a crash left behind them is cut off."""
+        path = self.folder / LINES
+        if not path.exists():
+            return []
+        steps, end = [], 0
+        for line, step in _whole_lines(path.read_bytes()):
+            steps.append(step)
+            end += len(line)
+        os.truncate(path, end)
+        return steps
+
+    def _clear(self) -> None:
+        for name in _FILES:
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def default_folder(output: Path) -> Path:
+    """The work folder of a run that was given none: beside its output."""
+    return output.with_name(f"{output.name}.work")
+
+
+def _whole_lines(data: bytes) -> Iterator[tuple[bytes, Step]]:
+    for line in data.splitlines(keepends=True):
+        check, _, text = line.decode("utf-8", "replace").rstrip("\n").partition(" ")
+        if not line.endswith(b"\n") or check != _check(text):
+            return
+        values = json.loads(text)
+        yield line, Step(tuple(map(tensor_entry, values["tensors"])), values["report"])
+
+
+def _check(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def _sha256(file: Any, entry: TensorEntry) -> str:
+    digest, left = hashlib.sha256(), entry.n_bytes
+    file.seek(entry.offset_bytes)
+    while chunk := file.read(min(left, _CHUNK_BYTES)):
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """All of it under `path`, or nothing."""
+    new = path.with_name(f"{path.name}.new")
+    with open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def _difference(known: Any, now: Any, name: str = "") -> str:
+    """Where two identities first differ, in words."""
+    if isinstance(known, dict) and isinstance(now, dict):
+        for key in sorted(known.keys() | now.keys()):
+            if known.get(key) != now.get(key):
+                return _difference(known.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    return f"{name} is {_short(now)}, was {_short(known)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,117 @@
+"""What decides a run's result, and what its file says about where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+import qtool
+from calibration.windows import TokenWindows
+from formats.loader import GENERATION_CONFIG
+from qtool.checkpoint import Checkpoint
+from qtool.errors import CheckpointError
+from qtool.model import BlockwiseModel
+from qtool.recipe import Recipe
+
+LEFT_OUT_OF_CONFIG = ("_name_or_path", "_model_name_or_path", "auto_map")  # paths, and code that is never run
+
+
+def embedded_files(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """File name -> content: the tokenizer as transformers saves it, chat template included, and how to generate."""
+    return {
+        **tokenizer_files(tokenizer),
+        GENERATION_CONFIG: checkpoint.generation_config().to_json_string().encode(),
+    }
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """File name -> content of the tokenizer alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library has no other class for a full disk
+            raise CheckpointError(f"the tokenizer cannot be saved in {folder}: {error}; make room there") from error
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def source_files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of every file that weights are read from; reads them all."""
+    files = []
+    for path in checkpoint.source_paths():
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
+    return files
+
+
+def run_identity(
+    model: BlockwiseModel, recipe: Recipe, sources: list[dict[str, Any]], files: Mapping[str, bytes], **settings: Any
+) -> dict[str, Any]:
+    """Everything but the calibration text that decides the bytes of the result, as JSON holds it."""
+    identity = {
+        "versions": _versions(),
+        "recipe": recipe.to_dict(),
+        "weights": {source["name"]: source["sha256"] for source in sources},
+        "config": _sha256(json.dumps(_config(model), sort_keys=True).encode()),
+        "files": {name: _sha256(data) for name, data in files.items()},
+        **settings,
+    }
+    return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
+
+
+def header_members(
+    model: BlockwiseModel,
+    recipe: Recipe,
+    windows: TokenWindows | None,
+    sources: list[dict[str, Any]],
+    quality: Mapping[str, Any],
+) -> dict[str, Mapping[str, Any]]:
+    """The free objects of the file's header. No time stamps and no paths: the same run gives the same bytes."""
+    values = recipe.to_dict()
+    if windows is None:
+        values["calibration"] = None
+    else:  # as it was drawn: windows end at the model's context
+        samples, seq_len = windows.ids.shape
+        values["calibration"] |= {"source": windows.source, "samples": samples, "seq_len": seq_len}
+    return {
+        "model": {
+            "model_type": model.checkpoint.config.model_type,
+            "architecture": type(model.skeleton).__name__,
+            "blocks": model.block_list,
+            "config": _config(model),
+        },
+        "recipe": values,
+        "provenance": {
+            **_versions(),
+            "source_format": model.checkpoint.format,
+            "source_files": sources,
+            "calibration_sha256": windows.sha256 if windows else None,
+        },
+        "quality": quality,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What sums are rounded by besides the versions: another one gives a file as good, but not the same bytes."""
+    return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def _versions() -> dict[str, str]:
+    return {"qtool": qtool.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _config(model: BlockwiseModel) -> dict[str, Any]:
+    config = json.loads(model.checkpoint.config.to_json_string(use_diff=False))
+    return {key: value for key, value in config.items() if key not in LEFT_OUT_OF_CONFIG}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,89 @@
+"""What a run did: its report, and its log with one JSON line a layer (`--log-file`)."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+
+from calibration.hessian import LayerStats
+from qtool.gptq import Factor, Solution
+from qtool.memory import rss_bytes
+from qtool.plan import TensorPlan
+
+
+@dataclass(slots=True)
+class RunReport:
+    """What a run did, for the file and for the CLI to print."""
+
+    relative_errors: dict[str, float] = field(default_factory=dict)
+    harder_damped: dict[str, float] = field(default_factory=dict)  # layer -> the percdamp it took
+    dropped_tokens: dict[str, int] = field(default_factory=dict)  # layer -> tokens with NaN or infinity in its input
+    uncalibrated: list[str] = field(default_factory=list)  # layers no token reached, rounded to nearest
+    seconds: float = 0.0
+
+    def quality(self) -> dict[str, Any]:
+        """The file's own account of itself."""
+        return {
+            "mean_relative_error": float(np.mean(list(self.relative_errors.values()) or [0.0])),
+            "harder_damped": self.harder_damped,
+            "dropped_tokens": self.dropped_tokens,
+            "uncalibrated": self.uncalibrated,
+        }
+
+    def add(self, step: dict[str, Any]) -> None:
+        """Take in what one step has to report."""
+        self.relative_errors |= step["relative_errors"]
+        self.harder_damped |= step["harder_damped"]
+        self.dropped_tokens |= step["dropped_tokens"]
+        self.uncalibrated += step["uncalibrated"]
+
+
+class RunLog:
+    """Context manager; appends, so that a resumed run goes on in the same file. Without a path, nothing is written."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> RunLog:
+        if self._path is not None:
+            self._file = open(self._path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def start_layer(self) -> None:
+        """A layer's seconds count from here, or from the layer before."""
+        self._since = time.perf_counter()
+
+    def layer(self, tensor: TensorPlan, solution: Solution, stats: LayerStats | None, factor: Factor | None) -> None:
+        """Write the line of a layer that has just been solved."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        if self._file is None:
+            return
+        assert tensor.spec is not None
+        line = {
+            "layer": tensor.name,
+            "method": tensor.spec.method,
+            "bits": tensor.spec.bits,
+            "relative_error": solution.relative_error,
+            "percdamp": None if factor is None else factor.percdamp,
+            "tokens": 0 if stats is None else stats.n_tokens,
+            "dropped_tokens": 0 if stats is None else stats.n_dropped,
+            "seconds": round(seconds, 4),
+            "rss_bytes": rss_bytes(),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()

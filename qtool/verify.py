@@ -1,0 +1,153 @@
+"""Check a file against the model it was made from: every layer's error again, from scratch (`verify --against`)."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from calibration.capture import HessianCapture
+from calibration.hessian import LayerStats
+from formats.encoding import Uniform
+from formats.header import TensorEntry
+from formats.loader import decode_tensor
+from formats.reader import QtmFile
+from formats.skeleton import set_tensor, split_name
+from qtool.budget import TOKENS_PER_BATCH
+from qtool.checkpoint import Checkpoint, find_tensor
+from qtool.errors import CheckpointError, ConfigError
+from qtool.model import BlockwiseModel
+from qtool.numerics import exact_float32, release_free_memory
+from qtool.recipe import CalibrationSpec, Recipe
+from qtool.sample import draw_sample
+from qtool.states import HiddenStates
+
+TOLERANCE = 0.02
+"""How far an error may be from the recorded one, as a share of it: another machine rounds its sums in another order."""
+NEGLIGIBLE = 1e-9  # of two errors below this, neither is more than rounding
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCheck:
+    """One layer: its relative error (SPEC 5.5) as recorded, and as it comes out now."""
+
+    name: str
+    recorded: float
+    recomputed: float
+
+    @property
+    def ok(self) -> bool:
+        return math.isclose(self.recorded, self.recomputed, rel_tol=TOLERANCE, abs_tol=NEGLIGIBLE)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+def verify_against(file: QtmFile, checkpoint: Checkpoint, calibration: str | None, text_field: str) -> list[LayerCheck]:
+    """Every layer's error against `checkpoint`, in the order of the run. CheckpointError names the first tensor that is
+    not what the file says of it.
+
+    calibration: the text the file was calibrated on, where its header's name for it is not enough to find it.
+    """
+    model = BlockwiseModel(checkpoint)
+    unknown = set(model.tensor_names()) ^ set(file.tensors)
+    if unknown:
+        raise CheckpointError(f"{checkpoint.name}: tensor {min(unknown)} is not in both model and file; not one model")
+    with exact_float32(), tempfile.TemporaryDirectory() as folder:
+        states = _states(file, model, calibration, text_field, Path(folder))
+        return _Verification(file, model, states).run()
+
+
+def _states(
+    file: QtmFile, model: BlockwiseModel, calibration: str | None, text_field: str, folder: Path
+) -> HiddenStates | None:
+    """Room for the hidden states of the very windows that the file was calibrated on; None if on none."""
+    recorded = file.header.recipe.get("calibration")
+    if recorded is None:
+        return None
+    source = calibration or str(recorded["source"]).partition(" ")[0]
+    spec = CalibrationSpec(**{**recorded, "source": source, "text_field": text_field})
+    recipe = replace(Recipe(), calibration=spec)
+    windows = draw_sample(model, recipe, model.checkpoint.tokenizer(), keep_own=folder / "self.npy")
+    if windows.sha256 != file.header.provenance.get("calibration_sha256"):
+        raise ConfigError(
+            f"{source}: is not the text that {file.label} was calibrated on ({recorded['source']}); "
+            "give that one by --calibration"
+        )
+    ids = torch.from_numpy(windows.ids)
+    return HiddenStates(folder, ids, max(1, TOKENS_PER_BATCH // ids.shape[1]))
+
+
+class _Verification:
+    """One pass over the model in which nothing is solved: each block gets the file's weights after it was measured."""
+
+    def __init__(self, file: QtmFile, model: BlockwiseModel, states: HiddenStates | None) -> None:
+        self.file, self.model, self.states = file, model, states
+        self.checks: list[LayerCheck] = []
+
+    def run(self) -> list[LayerCheck]:
+        self._outside()
+        count = len(self.model.blocks)
+        for index in tqdm(range(count), unit="block", desc="verify", disable=None):
+            with self.model.block(index):
+                self._block(index)
+            self.file.drop_pages()
+            release_free_memory()
+        return self.checks
+
+    def _outside(self) -> None:
+        for name in self.model.outside_names():
+            with self.model.materialised([name]):
+                self._check(name, None)
+        if self.states is not None:
+            looked_up = self.model.outside_names(head=False)
+            decoded = {name: decode_tensor(self.file, self.file.tensors[name]) for name in looked_up}
+            with self.model.materialised(looked_up, instead=decoded):
+                self.states.write(0, map(self.model.embed, self.states.batches))
+
+    def _block(self, index: int) -> None:
+        stats: dict[str, LayerStats] = {}
+        if self.states is not None:
+            capture = HessianCapture(self.model.linears(index))
+            stats = capture.run(lambda x: self.model.run(index, x), self.states.read(index))
+        for name in self.model.tensor_names(f"{self.model.block_name(index)}."):
+            set_tensor(self.model.skeleton, name, self._check(name, stats.get(split_name(name)[0])))
+        if self.states is not None and index + 1 < len(self.model.blocks):
+            self.states.write(index + 1, (self.model.run(index, x) for x in self.states.read(index)))
+
+    def _check(self, name: str, stats: LayerStats | None) -> Tensor:
+        """Compare the model's tensor with the file's, which is returned."""
+        entry, weight = self.file.tensors[name], find_tensor(self.model.skeleton, name)
+        decoded = decode_tensor(self.file, entry)
+        if decoded.shape != weight.shape:
+            raise self._mismatch(entry, f"has shape {list(decoded.shape)}, the model's has {list(weight.shape)}")
+        if not isinstance(entry.encoding, Uniform):
+            if not torch.equal(weight, decoded):
+                raise self._mismatch(entry, "is stored as it was, and differs")
+        elif entry.relative_error is not None:
+            across = (weight.T, decoded.T) if entry.transposed else (weight, decoded)
+            check = LayerCheck(name, entry.relative_error, _relative_error(*across, stats))
+            if not check.ok:
+                found = f"its relative error is {check.recomputed:.3e}, recorded is {check.recorded:.3e}"
+                raise self._mismatch(entry, found)
+            self.checks.append(check)
+        return decoded
+
+    def _mismatch(self, entry: TensorEntry, what: str) -> CheckpointError:
+        source = self.model.checkpoint.name
+        return CheckpointError(f"{self.file.label}: {entry.label} against {source}: {what}; not made from this model")
+
+
+def _relative_error(weight: Tensor, decoded: Tensor, stats: LayerStats | None) -> float:
+    """tr(D H Dᵀ) / tr(W H Wᵀ) of weights [out, in] (SPEC 5.5), H the identity without statistics."""
+
+    def energy(w: Tensor) -> float:
+        return float(((w if stats is None else w @ stats.hessian) * w).sum(dtype=torch.float64))
+
+    return max(energy(weight - decoded), 0.0) / max(energy(weight), 1e-30)

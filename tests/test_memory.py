@@ -1,0 +1,91 @@
+"""`--max-memory`: kept to, or refused before anything is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import pytest
+from invoke import python, qtool_json, refusal
+
+import qtool.budget
+from qtool.errors import ConfigError
+from qtool.memory import parse_size, peak_rss_bytes, rss_bytes
+
+
+@pytest.fixture
+def command(tiny_files, tmp_path):
+    return ["compress", tiny_files.model("llama"), "-o", tmp_path / "out.qtm", *tiny_files.compress_options()]
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("800M", 800 * 10**6), ("64k", 64_000), ("1_", None), ("0", None),
+     ("GB", None), ("-1GB", None), ("2 gb", 2 * 10**9), ("123", 123), ("1e9", None)],
+)  # fmt: skip
+def test_sizes_as_people_write_them(text, n_bytes):
+    if n_bytes is not None:
+        assert parse_size(text, "--max-memory") == n_bytes
+        return
+    with pytest.raises(ConfigError, match=rf"^--max-memory {text}: not a size; write it as 2GB, 1.5GiB or 800MB$"):
+        parse_size(text, "--max-memory")
+
+
+def test_resident_memory_now_and_at_most():
+    assert 10_000_000 < rss_bytes() <= peak_rss_bytes()
+
+
+def test_too_little_is_refused_with_the_least_that_is_needed(command, tmp_path):
+    message = refusal(*command, "--max-memory", "100MB")
+    found = re.fullmatch(
+        r"--max-memory 100\.0 MB: this run needs at least ([0-9.]+) MB: one block and its statistics take that much",
+        message,
+    )
+    assert found
+    assert os.listdir(tmp_path) == []
+    assert qtool_json(*command, "--dry-run")["peak_rss_bytes"] <= float(found[1]) * 1e6 + 1e5
+    assert refusal(*command, "--max-memory", "100MB", "--dry-run") == message
+
+
+def test_the_least_that_is_named_is_enough(command):
+    """In a process of its own, whose peak is the run's."""
+    least = qtool_json(*command, "--dry-run")["peak_rss_bytes"]
+    done = python("-m", "qtool.cli", *command, "--max-memory", least, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["peak_rss_bytes"] <= least
+
+
+def test_a_text_that_takes_more_than_the_limit_is_refused_before_the_first_block(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(qtool.budget, "INTERPRETER_BYTES", 0)
+    monkeypatch.setattr(qtool.budget, "TOKENIZER_BYTES", 0)
+    message = refusal(*command, "--max-memory", "20MB")
+    assert re.fullmatch(r"--max-memory 20\.0 MB: .* at least [0-9.]+ [MG]B: the calibration text .*", message)
+    assert os.listdir(tmp_path) == []
+
+
+def test_less_memory_makes_smaller_batches(tiny_files, monkeypatch):
+    from qtool.budget import plan_budget
+    from qtool.checkpoint import open_checkpoint
+    from qtool.model import BlockwiseModel
+    from qtool.plan import plan_tensors
+    from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
+
+    model = BlockwiseModel(open_checkpoint(str(tiny_files.model("llama"))))
+    recipe = Recipe(linears=QuantSpec(group_size=16), calibration=CalibrationSpec(samples=64, seq_len=64))
+    plan = plan_tensors(model, recipe)
+    monkeypatch.setattr(qtool.budget, "INTERPRETER_BYTES", 0)
+    monkeypatch.setattr(qtool.budget, "TOKENIZER_BYTES", 0)
+    free = plan_budget(model, plan, recipe)
+    tight = plan_budget(model, plan, recipe, free.peak_rss_bytes // 2)
+    assert free.windows_per_batch == 16 > tight.windows_per_batch >= 1
+    assert tight.peak_rss_bytes <= free.peak_rss_bytes // 2
+
+
+def test_smaller_batches_are_another_run(command, monkeypatch):
+    """They round differently: a journal of the one is not gone on with by the other."""
+    with monkeypatch.context() as patched:
+        patched.setattr(qtool.pipeline._Run, "_block", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "0 of 3 blocks are kept" in refusal(*command)
+    monkeypatch.setattr(qtool.budget, "TOKENS_PER_BATCH", 64)
+    assert "holds another run (windows_per_batch is 1, was 16)" in refusal(*command)
