@@ -111,11 +111,11 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
     return [names for names in parameter_names(model).values() if len(names) > 1]
 
 
-def open_checkpoint(model: str) -> Checkpoint:
-    """The checkpoint behind a path or a hub id."""
+def open_checkpoint(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint behind a path or a hub id; with `trust_remote_code` its tokenizer may run code of its own."""
     path = Path(model).expanduser()
     if path.is_dir():
-        return HuggingFaceCheckpoint(path)
+        return HuggingFaceCheckpoint(path, trust_remote_code=trust_remote_code)
     if path.suffix == ".qtm" and path.is_file():
         from qtool.checkpoint_qtm import QtmCheckpoint
 
@@ -130,7 +130,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(f"{model}: no such file or folder; a model of the hub is named org/name")
     from qtool.hub import download
 
-    return HuggingFaceCheckpoint(download(model), name=model)
+    return HuggingFaceCheckpoint(download(model), name=model, trust_remote_code=trust_remote_code)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -138,8 +138,9 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     format = "safetensors"
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
+        self.trust_remote_code = trust_remote_code
         self.name = name or str(folder)
         with error_context(self.name):
             self.config = config_from_dict(self._config_values())
@@ -257,7 +258,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             set_tensor(model, name, find_tensor(model, self._stored_as[name]))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer_folder(self.folder, self.name)
+        return load_tokenizer_folder(self.folder, self.name, self.trust_remote_code)
 
     def generation_config(self) -> GenerationConfig:
         with suppress(OSError):
@@ -268,14 +269,17 @@ class HuggingFaceCheckpoint(Checkpoint):
         return [self.folder / shard for shard in sorted(set(self._shard_of.values()))]
 
 
-def load_tokenizer_folder(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `folder`; no code of its own is ever run."""
+def load_tokenizer_folder(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in `folder`; code of its own is run only for a user who said so."""
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "spiece.model")
     if not any((folder / file).is_file() for file in known):
         raise CheckpointError(
             f"{name}: no tokenizer in it (tokenizer.json, tokenizer.model or vocab.json); copy the model's own there"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "custom code" in reason:
+            reason = "it is code of its own; read that, and run it by --trust-remote-code if you do trust it"
+        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason}") from error

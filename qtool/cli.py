@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ text_field_option = click.option(
 )
 @click.option("--restart", is_flag=True, help="Drop what an earlier run left in the work folder.")
 @click.option("--log-file", type=click.Path(path_type=Path), help="Append one JSON line for each layer.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the code of MODEL's tokenizer; a file never holds any.")
 @json_option
 def compress(
     model: str,
@@ -134,6 +136,7 @@ def compress(
     work_dir: Path | None,
     restart: bool,
     log_file: Path | None,
+    trust_remote_code: bool,
     as_json: bool,
     **recipe_options: Any,
 ) -> None:
@@ -155,13 +158,14 @@ def compress(
     max_memory_bytes = None if max_memory is None else parse_size(max_memory, "--max-memory")
     output = output or commands.default_output(model, recipe)
     if dry_run:
-        estimate = commands.dry_run(model, recipe, max_memory_bytes)
+        estimate = commands.dry_run(model, recipe, max_memory_bytes, trust_remote_code=trust_remote_code)
         _emit(estimate, commands.format_estimate(estimate), as_json)
         return
     options = RunOptions(
         overwrite=force, work_dir=work_dir, restart=restart, max_memory_bytes=max_memory_bytes, log_file=log_file
     )
-    result = commands.run_compress(model, output, recipe, options, warn=lambda line: click.echo(line, err=True))
+    warn = partial(click.echo, err=True)
+    result = commands.run_compress(model, output, recipe, options, trust_remote_code=trust_remote_code, warn=warn)
     _emit(result, commands.format_result(result), as_json)
 
 

@@ -45,7 +45,13 @@ def default_output(model: str, recipe: Recipe) -> Path:
 
 
 def run_compress(
-    model: str, output: Path, recipe: Recipe, options: RunOptions, *, warn: Callable[[str], None]
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    trust_remote_code: bool = False,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Compress and describe the file that came of it."""
     # A work folder beside an output that exists: the run may have been killed when nothing but the folder was left.
@@ -58,7 +64,7 @@ def run_compress(
         raise ConfigError(f"{output}: its folder does not exist; make it first")
     try:
         with quiet_transformers():
-            checkpoint = open_checkpoint(model)
+            checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
             if checkpoint.format == "qtm":
                 raise ConfigError(f"{model}: already compressed; give the original model")
             if output.exists() and Path(model).exists() and output.samefile(model):
@@ -87,9 +93,12 @@ def format_result(result: dict[str, Any]) -> str:
     )
 
 
-def dry_run(model: str, recipe: Recipe, max_memory_bytes: int | None) -> dict[str, Any]:
+def dry_run(
+    model: str, recipe: Recipe, max_memory_bytes: int | None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     with quiet_transformers(), exact_float32():
-        return estimate_run(BlockwiseModel(open_checkpoint(model)), recipe, max_memory_bytes)
+        checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+        return estimate_run(BlockwiseModel(checkpoint), recipe, max_memory_bytes)
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:

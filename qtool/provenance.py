@@ -6,12 +6,13 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import qtool
 from calibration.windows import TokenWindows
@@ -21,6 +22,7 @@ from qtool.errors import CheckpointError
 from qtool.model import BlockwiseModel
 from qtool.recipe import Recipe
 
+PROBE = "Hello, world! 1234567890 \n\n\tdef f(x): return x**2  # naïve café, Привет, 你好, 🙂"
 LEFT_OUT_OF_CONFIG = ("_name_or_path", "_model_name_or_path", "auto_map")  # paths, and code that is never run
 
 
@@ -33,13 +35,33 @@ def embedded_files(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """File name -> content of the tokenizer alone."""
-    with tempfile.TemporaryDirectory() as folder:
+    """File name -> content of the tokenizer alone, without code of its own (SPEC 1.3)."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library has no other class for a full disk
             raise CheckpointError(f"the tokenizer cannot be saved in {folder}: {error}; make room there") from error
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        if type(tokenizer).__module__.startswith("transformers_modules"):
+            _remove_code(folder, tokenizer)
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _remove_code(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leave what a class of transformers' own can read, if that gives the same tokens."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    config = folder / "tokenizer_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({key: v for key, v in values.items() if key != "auto_map"}), encoding="utf-8")
+    with suppress(Exception):  # whatever its files are, without its code they may be nothing
+        plain = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if plain(PROBE).input_ids == tokenizer(PROBE).input_ids:
+            return
+    raise CheckpointError(
+        f"{tokenizer.name_or_path}: its tokenizer works by its own code alone, which a file never holds; "
+        "give the model a tokenizer.json that needs none"
+    )
 
 
 def source_files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
