@@ -16,9 +16,8 @@ from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 from qtool.sizes import format_bytes, stored_bytes
+from qtool.states import TOKENS_PER_BATCH
 
-TOKENS_PER_BATCH = 1024
-"""Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
 TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
 SLACK = 1.15  # what the allocator holds free between tensors

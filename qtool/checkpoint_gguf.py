@@ -88,7 +88,9 @@ class GgufCheckpoint(Checkpoint):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CheckpointError(f"{self.path}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
 

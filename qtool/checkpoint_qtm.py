@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from formats.embedded import GENERATION_CONFIG, generation_config, load_tokenizer, model_config
 from formats.encoding import Dense
-from formats.errors import error_context
-from formats.loader import GENERATION_CONFIG, decode_tensor, load_tokenizer
+from formats.loader import decode_tensor
 from formats.reader import QtmFile
-from formats.skeleton import config_from_dict, set_tensor
+from formats.skeleton import set_tensor
 from qtool.checkpoint import Checkpoint
 
 
@@ -22,8 +21,7 @@ class QtmCheckpoint(Checkpoint):
         self.path = path
         self.name = str(path)
         self.file = QtmFile.open(path)
-        with error_context(self.name):
-            self.config = config_from_dict(dict(self.file.header.model["config"]))
+        self.config = model_config(self.file)
 
     def bind(self, model: PreTrainedModel) -> None:
         """Nothing to learn: tensors are stored under the model's own names."""
@@ -43,7 +41,7 @@ class QtmCheckpoint(Checkpoint):
     def generation_config(self) -> GenerationConfig:
         if GENERATION_CONFIG not in self.file.files:
             return super().generation_config()
-        return GenerationConfig.from_dict(json.loads(self.file.read_file(GENERATION_CONFIG)))
+        return generation_config(self.file)
 
     def source_paths(self) -> list[Path]:
         return [self.path]

@@ -183,7 +183,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     from qtool.report import format_inspection, inspect_file
 
     found = inspect_file(file)
-    _emit(found, format_inspection(found, tensors=tensors), as_json)
+    _emit(found, "" if as_json else format_inspection(found, tensors=tensors), as_json)
 
 
 @main.command()

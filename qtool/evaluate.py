@@ -23,9 +23,9 @@ from qtool.checkpoint import Checkpoint
 from qtool.errors import ConfigError, QuantizeError
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
+from qtool.states import TOKENS_PER_BATCH
 
 DEFAULT_SEQ_LEN = 2048
-TOKENS_PER_BATCH = 1024
 LOGITS_AT_A_TIME = 1 << 23  # 32 MB as float32: a vocabulary is wide, and two models are compared
 
 

@@ -119,8 +119,7 @@ class Journal:
             file.write(f"{_check(text)} {text}\n".encode())
             file.flush()
             os.fsync(file.fileno())
-        if not self.steps:
-            sync_folder(self.folder)
+        sync_folder(self.folder)  # the names of the files, too
         self.steps.append(step)
 
     def give_up(self) -> None:

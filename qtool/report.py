@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.encoding import Uniform
+from formats.errors import FormatError
 from formats.header import TensorEntry
 from formats.reader import QtmFile
 from qtool.sizes import bits_per_weight, format_bytes, stored_bytes
@@ -42,7 +43,19 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def format_inspection(found: dict[str, Any], *, tensors: bool) -> str:
-    """The same for people: a few lines, and with `tensors` one line for each."""
+    """The same for people: a few lines, and with `tensors` one line for each.
+
+    FormatError when the header's free objects are not as qtool writes them.
+    """
+    try:
+        text = "\n".join(_summary(found) + (["", *_tensor_table(found["tensors"])] if tensors else []))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise FormatError(f"header: recipe or quality are not as qtool writes them: {error} (SPEC 3.4)") from error
+    # Names are free of control characters (SPEC 5.2), the free objects need not be: they could drive the terminal.
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+
+def _summary(found: dict[str, Any]) -> list[str]:
     recipe, rows = found["recipe"], found["tensors"]
     linears, calibration = recipe.get("linears", {}), recipe.get("calibration") or {}
     lines = [
@@ -60,7 +73,7 @@ def format_inspection(found: dict[str, Any], *, tensors: bool) -> str:
     lines += [f"warning          {name}: {n} tokens with NaN or infinity left out" for name, n in dropped.items()]
     dense = [row for row in rows if row["encoding"] == "dense"]
     lines.append(f"left dense       {len(dense)} tensors: {fold_names(row['name'] for row in dense)}")
-    return "\n".join(lines + (["", *_tensor_table(rows)] if tensors else []))
+    return lines
 
 
 def _describe_recipe(linears: dict[str, Any], embeddings: Any) -> str:

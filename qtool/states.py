@@ -16,6 +16,8 @@ from torch import Tensor
 from qtool.errors import CheckpointError
 
 STATES_FILES = ("states.0", "states.1")
+TOKENS_PER_BATCH = 1024
+"""Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
 
 
 class HiddenStates:

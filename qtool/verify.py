@@ -15,18 +15,18 @@ from tqdm import tqdm
 from calibration.capture import HessianCapture
 from calibration.hessian import LayerStats
 from formats.encoding import Uniform
+from formats.errors import FormatError
 from formats.header import TensorEntry
 from formats.loader import decode_tensor
 from formats.reader import QtmFile
 from formats.skeleton import set_tensor, split_name
-from qtool.budget import TOKENS_PER_BATCH
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.recipe import CalibrationSpec, Recipe
 from qtool.sample import draw_sample
-from qtool.states import HiddenStates
+from qtool.states import TOKENS_PER_BATCH, HiddenStates
 
 TOLERANCE = 0.02
 """How far an error may be from the recorded one, as a share of it: another machine rounds its sums in another order."""
@@ -71,8 +71,11 @@ def _states(
     recorded = file.header.recipe.get("calibration")
     if recorded is None:
         return None
-    source = calibration or str(recorded["source"]).partition(" ")[0]
-    spec = CalibrationSpec(**{**recorded, "source": source, "text_field": text_field})
+    try:
+        source = calibration or str(recorded["source"]).partition(" ")[0]
+        spec = CalibrationSpec(**{**recorded, "source": source, "text_field": text_field})
+    except (TypeError, KeyError) as error:
+        raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)") from error
     recipe = replace(Recipe(), calibration=spec)
     windows = draw_sample(model, recipe, model.checkpoint.tokenizer(), keep_own=folder / "self.npy")
     if windows.sha256 != file.header.provenance.get("calibration_sha256"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from invoke import run_qtool
+from invoke import refusal, run_qtool
 from transformers import AutoTokenizer
 
 from formats.errors import FormatError
@@ -263,3 +263,62 @@ def test_spec_6_3_a_generation_config_that_transformers_refuses(llama, tmp_path)
     path = rewrite(llama, tmp_path / "a.qtm", {"generation_config.json": b'{"watermarking_config": 1}'})
     with pytest.raises(FormatError, match=r"a.qtm: file 'generation_config.json': .*\(SPEC 6.3\)"):
         load(path)
+
+
+# ---- the commands that read the free objects
+
+
+def with_free_objects(source: Path, target: Path, **members: Any) -> Path:
+    """The file with other free objects than qtool writes."""
+    with QtmFile.open(source) as file, Writer(target) as writer:
+        for entry in file.tensors.values():
+            writer.add_tensor(entry.name, entry.shape, entry.encoding, file.section(entry))
+        header = file.header
+        known = {"model": header.model, "recipe": header.recipe, "provenance": {}, "quality": header.quality}
+        writer.finish(**(known | members))
+    return target
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"recipe": {"linears": 1}},
+        {"recipe": {"calibration": {"source": 1}}},
+        {"recipe": {"calibration": [1]}},
+        {"quality": {"mean_relative_error": "small"}},
+        {"quality": {"harder_damped": 1}},
+        {"quality": {"dropped_tokens": [1]}},
+    ],
+)
+def test_inspect_of_free_objects_that_are_not_ours(tiny_files, tmp_path, members):
+    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", **members)
+    message = refusal("inspect", path)
+    assert message.startswith("header: recipe or quality are not as qtool writes them: ")
+    assert message.endswith("(SPEC 3.4)")
+    assert run_qtool("inspect", path, "--json").exit_code == 0
+
+
+def test_inspect_prints_nothing_that_drives_a_terminal(tiny_files, tmp_path):
+    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", model={"model_type": "\x1b[2Jllama"})
+    assert "\x1b" not in run_qtool("inspect", path).stdout
+
+
+@pytest.mark.parametrize("model", [{}, {"config": 1}, {"config": {"model_type": "llama", "num_hidden_layers": 10**9}}])
+@pytest.mark.parametrize(
+    "command", [("eval", "perplexity"), ("export", "--to", "dense", "-o", "out"), ("generate", "--prompt", "x")]
+)
+def test_every_command_refuses_a_config_that_is_none(tiny_files, tmp_path, monkeypatch, model, command):
+    monkeypatch.chdir(tmp_path)
+    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", model=model)
+    words = [*command[:2], path, *command[2:]] if command[0] == "eval" else [command[0], path, *command[1:]]
+    assert "header: model" in refusal(*words)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.qtm"]
+
+
+@pytest.mark.parametrize(
+    "calibration", [1, {}, {"source": "builtin", "size": 1}, {"source": "builtin", "samples": "8"}]
+)
+def test_verify_against_a_recipe_that_is_not_ours(tiny_files, tmp_path, calibration):
+    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", recipe={"calibration": calibration})
+    message = refusal("verify", path, "--against", tiny_files.model("llama"))
+    assert message.endswith("header: recipe.calibration is not as qtool writes it (SPEC 3.4)")

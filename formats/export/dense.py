@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from formats.embedded import config_dict, model_config
 from formats.errors import FormatError
 from formats.loader import decode_tensor
 from formats.reader import QtmFile
-from formats.skeleton import build_skeleton, config_from_dict
+from formats.skeleton import build_skeleton
 
 MAX_SHARD_BYTES = 1 << 30  # what is decoded at a time, unless one group of tensors is larger
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,7 +41,7 @@ def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwri
             _write_weights(file, part, DTYPES[dtype])
         except SafetensorError as error:  # what a full disk is to safetensors
             raise FormatError(f"{folder}: cannot be written ({error}); nothing was left behind, make room") from error
-        config = dict(file.header.model["config"]) | {"dtype": dtype}
+        config = config_dict(file) | {"dtype": dtype}
         (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in file.files:
             (part / name).write_bytes(file.read_file(name))
@@ -83,7 +84,7 @@ def _write_weights(file: QtmFile, folder: Path, dtype: torch.dtype) -> None:
 
 def _shards(file: QtmFile, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """The decoded tensors under the names that checkpoints use, in shards; a block is never split."""
-    model = build_skeleton(config_from_dict(dict(file.header.model["config"])))
+    model = build_skeleton(model_config(file))
     shard: dict[str, Tensor] = {}
     for names in _groups(file):
         tensors = {name: decode_tensor(file, file.tensors[name]).to(dtype) for name in names}
