@@ -221,6 +221,7 @@ class Writer:
             self._give_name(copy)
         finally:
             copy.unlink(missing_ok=True)
+        sync_folder(self.path.parent)  # before the only other copy goes: file systems keep no order between them
         self._part.unlink()
 
     def _give_name(self, part: Path) -> None:

@@ -15,14 +15,15 @@ from qtool.memory import peak_rss_bytes
 from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
+from qtool.sample import SAMPLES_PER_BATCH
 from qtool.sizes import format_bytes, stored_bytes
-from qtool.states import TOKENS_PER_BATCH
+from qtool.states import windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
 TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
 SLACK = 1.15  # what the allocator holds free between tensors
 SOLVER_COPIES = 10  # of a stripe of weights as float32: scaled, free, codes, error, decoded, the grid's temporaries
-HEADER_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
+HEADER_ROOM_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,10 @@ class Budget:
     states_bytes: int  # of one file of hidden states on disk
     max_memory_bytes: int | None = None
 
-    def check_now(self) -> None:
-        """Refuse to start when reading and tokenizing the text has already taken more than the limit."""
+    def check_now(self, what: str) -> None:
+        """Stop where more than the limit has been taken after all: what cannot be foreseen is the text's size."""
         if self.max_memory_bytes is not None and peak_rss_bytes() > self.max_memory_bytes:
-            raise _too_little(self.max_memory_bytes, SLACK * peak_rss_bytes(), "the calibration text takes that much")
+            raise _too_little(self.max_memory_bytes, SLACK * peak_rss_bytes(), f"{what} takes that much")
 
 
 def plan_budget(
@@ -47,9 +48,11 @@ def plan_budget(
     seq_len = min(recipe.calibration.seq_len, model.max_seq_len or recipe.calibration.seq_len)
     n_windows = 0 if recipe.linears.method == "rtn" else recipe.calibration.samples
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
-    windows = max(1, TOKENS_PER_BATCH // seq_len)
+    windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.source.split(",")
     while True:
         peak = _peak_rss_bytes(model, plan, windows * seq_len if n_windows else 0, seq_len)
+        if n_windows and samples_itself:
+            peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
             return Budget(windows, peak, states_bytes, max_memory_bytes)
         if windows == 1 or not n_windows:
@@ -65,13 +68,25 @@ def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int
     """The largest of the moments of a run: a tensor outside the blocks is packed, a block is run, a layer is solved."""
     largest = max((6 * t.n_parameters for t in plan if not t.in_block), default=0)  # float32, and as it was stored
     looked_up = sum(4 * t.n_parameters for t in plan if not t.in_block and t.name in model.outside_names(head=False))
-    moments: list[float] = [largest, TOKENIZER_BYTES * bool(n_tokens)]
+    moments = [largest, TOKENIZER_BYTES * bool(n_tokens)]
     for tensors in blocks_of(model, plan):
         weights = 4 * sum(t.n_parameters for t in tensors)
+        # As float32 and as stored; fused experts are put together from their parts, which doubles them.
+        loading = sum((12 if len(t.shape) == 3 else 6) * t.n_parameters for t in tensors)
         running = _forward_bytes(model, tensors, n_tokens, seq_len)
-        moments += [1.5 * weights + looked_up * bool(n_tokens), weights + running + _hessians(tensors) * bool(n_tokens)]
-        moments += [weights + _solver_bytes(t, calibrated=bool(n_tokens)) for t in tensors if t.spec is not None]
+        hessians = _hessians(tensors) * bool(n_tokens)
+        moments += [loading + looked_up * bool(n_tokens), weights + running + hessians]
+        for tensor in tensors:
+            if tensor.spec is not None:
+                waiting = max(hessians - 8 * tensor.shape[1] ** 2, 0)  # those of inputs that are solved later
+                moments.append(weights + waiting + _solver_bytes(tensor, calibrated=bool(n_tokens)))
     return int(INTERPRETER_BYTES + SLACK * max(moments))
+
+
+def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int) -> int:
+    """Bytes of letting the model write: all of it as float32, and the keys and values of what it has written."""
+    cache = 2 * 4 * SAMPLES_PER_BATCH * seq_len * int(model.config.hidden_size) * len(model.blocks)
+    return int(INTERPRETER_BYTES + SLACK * (6 * sum(t.n_parameters for t in plan) + 2 * cache))
 
 
 def blocks_of(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
@@ -86,9 +101,9 @@ def blocks_of(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[Tensor
 
 
 def _hessians(tensors: Iterable[TensorPlan]) -> int:
-    """Bytes of a block's Hessians while they are summed; linears of one width share up to three, as q, k and v do."""
+    """Bytes of a block's Hessians while they are summed; of one width there are rarely more than four inputs."""
     widths = [t.shape[1] for t in tensors if t.spec is not None]
-    return sum(4 * n * n * min(widths.count(n), 3) for n in set(widths)) + 4 * max(widths, default=0) ** 2
+    return sum(4 * n * n * min(widths.count(n), 4) for n in set(widths)) + 4 * max(widths, default=0) ** 2
 
 
 def _solver_bytes(tensor: TensorPlan, *, calibrated: bool) -> int:
@@ -103,14 +118,15 @@ def _forward_bytes(model: BlockwiseModel, tensors: Iterable[TensorPlan], n_token
     """Bytes of one batch's activations in a block."""
     widths = sum(max(t.shape) for t in tensors if len(t.shape) == 2)
     scores = 0
-    if getattr(model.config, "_attn_implementation", None) == "eager":  # others never hold the scores as a whole
+    # Others never hold the scores as a whole, but where values have a width of their own, torch falls back to that.
+    if getattr(model.config, "_attn_implementation", None) == "eager" or hasattr(model.config, "v_head_dim"):
         scores = 3 * 4 * int(model.config.num_attention_heads) * n_tokens * seq_len
     return 4 * n_tokens * widths + scores
 
 
 def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:
     """A bound for the size of the file."""
-    return sum(stored_bytes(t.encoding, t.shape) for t in plan) + sum(map(len, files.values())) + HEADER_BYTES
+    return sum(stored_bytes(t.encoding, t.shape) for t in plan) + sum(map(len, files.values())) + HEADER_ROOM_BYTES
 
 
 def check_disk(journal: Journal, plan: list[TensorPlan], files: Mapping[str, bytes], budget: Budget) -> None:

@@ -251,7 +251,11 @@ class HuggingFaceCheckpoint(Checkpoint):
                 config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._conversions)
                 info, _ = convert_and_load_state_dict_in_model(model, tensors, config, disk_offload_index=None)
             except (SafetensorError, OSError, RuntimeError) as error:
+                if "allocate memory" in str(error):
+                    raise
                 raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error
+        for name, reason in sorted((info.conversion_errors or {}).items()):
+            raise CheckpointError(f"{self.name}: tensor {name} cannot be converted: {' '.join(str(reason).split())}")
         for name, stored, expected in sorted(info.mismatched_keys):
             raise CheckpointError(_wrong_shape(self.name, name, stored, expected))
         for name in names & self._stored_as.keys():
@@ -281,5 +285,5 @@ def load_tokenizer_folder(folder: Path, name: str, trust_remote_code: bool) -> P
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0]
         if "custom code" in reason:
-            reason = "it is code of its own; read that, and run it by --trust-remote-code if you do trust it"
+            reason = "it is code of its own; read that, and if you trust it, run it by compress --trust-remote-code"
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason}") from error

@@ -47,7 +47,12 @@ class _Group(click.Group):
 
 def _outlook(error: BaseException) -> str:
     """What an interrupted command left: a run says so in a note on its error."""
-    return str(getattr(error, "__notes__", ["nothing was left behind"])[0])
+    seen: BaseException | None = error
+    while seen is not None:  # a second Ctrl-C, while the first is being seen to, has the first behind it
+        if notes := getattr(seen, "__notes__", None):
+            return str(notes[0])
+        seen = seen.__context__
+    return "nothing was left behind"
 
 
 @contextmanager

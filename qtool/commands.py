@@ -21,6 +21,12 @@ from qtool.report import fold_names, inspect_file
 from qtool.sizes import format_bytes
 from qtool.verify import verify_against
 
+TROUBLE = {
+    "harder_damped": "damped harder",
+    "dropped_tokens": "left out tokens that overflow",
+    "uncalibrated": "saw no calibration token",
+}
+
 
 def build_recipe(
     *,
@@ -85,11 +91,15 @@ def run_compress(
 
 def format_result(result: dict[str, Any]) -> str:
     error = result["quality"]["mean_relative_error"]
+    troubled = [
+        f"{len(result['quality'][key])} layers {text}" for key, text in TROUBLE.items() if result["quality"][key]
+    ]
     return (
         f"{result['file']}: {format_bytes(result['file_bytes'])}, {result['bits_per_weight']:.3f} bits per weight, "
         f"{result['quantized_share']:.1%} of {result['parameters']:,} parameters quantized, "
         f"{len(result['left_dense'])} tensors left dense (qtool inspect lists them), mean relative error {error:.2e}, "
         f"{result['seconds']:.0f} s, peak memory {format_bytes(result['peak_rss_bytes'])}"
+        + "".join(f"; {line} (qtool inspect names them)" for line in troubled)
     )
 
 

@@ -8,6 +8,10 @@ QtoolError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class QtoolError(Exception):
     """Base of the errors a user can act on; the message is one line: the thing, the value, the fix."""
@@ -23,3 +27,13 @@ class CheckpointError(QtoolError):
 
 class QuantizeError(QtoolError):
     pass
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a system error say which file it was about: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -23,7 +23,7 @@ from qtool.checkpoint import Checkpoint
 from qtool.errors import ConfigError, QuantizeError
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
-from qtool.states import TOKENS_PER_BATCH
+from qtool.states import windows_per_batch
 
 DEFAULT_SEQ_LEN = 2048
 LOGITS_AT_A_TIME = 1 << 23  # 32 MB as float32: a vocabulary is wide, and two models are compared
@@ -95,7 +95,7 @@ def _window_length(models: list[BlockwiseModel], seq_len: int | None) -> int:
 
 
 def _score(models: list[BlockwiseModel], ids: Tensor) -> dict[str, float]:
-    batches = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
+    batches = ids.split(windows_per_batch(ids.shape[1]))
     total = sum(len(model.blocks) for model in models) + len(batches)
     scores: list[dict[str, Tensor]] = []
     with tqdm(total=total, desc="evaluate", unit="step", disable=None) as bar, ExitStack() as stack:

@@ -4,7 +4,7 @@
     journal.jsonl   one line for each finished step: its tensors and its part of the report
     sections        the file so far, as formats.writer writes it
     states.*        the hidden states that the next block reads (qtool.states)
-    self.npy        the sample that the model wrote itself, if it did
+    self.*.npy      the sample that the model wrote itself, if it did
 
 A step is finished once its line is on the disk, and the line is written after everything that it speaks of.
 """
@@ -17,18 +17,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from formats.errors import FormatError
 from formats.header import TensorEntry, tensor_entry
+from formats.reader import QtmFile
 from formats.writer import sync_folder
-from qtool.errors import ConfigError
+from qtool.errors import ConfigError, naming
 from qtool.lock import locked_folder, locked_output
 from qtool.states import STATES_FILES
 
-MANIFEST, LINES, SECTIONS, SAMPLE = "manifest.json", "journal.jsonl", "sections", "self.npy"
-_FILES = (*STATES_FILES, SECTIONS, SAMPLE, f"{SAMPLE}.new", LINES, f"{MANIFEST}.new", MANIFEST)  # as they are removed
+MANIFEST, LINES, SECTIONS = "manifest.json", "journal.jsonl", "sections"
+_FILES = (*STATES_FILES, SECTIONS, LINES, f"{MANIFEST}.new", MANIFEST)  # in the order in which they are removed
+_SAMPLES = "self.*.npy*"
 _DIGITS = 16  # of the SHA-256 before each line
 _CHUNK_BYTES = 1 << 20
 
@@ -48,9 +52,11 @@ class Journal:
         self.output = output
         self.folder = folder or default_folder(output)
         self.sections = self.folder / SECTIONS
+        self.sample = self.folder
         self.steps: list[Step] = []
+        self._identity: Mapping[str, Any] | None = None
         self._n_steps = 0
-        self._begun = self._hopeless = False
+        self._is_new = self._hopeless = False
         self._locks = ExitStack()
 
     def __enter__(self) -> Journal:
@@ -66,26 +72,32 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._locks:
-            if not self._begun:
-                with suppress(OSError):  # another run's files may be in it
-                    self.folder.rmdir()
-            elif error is None or self._hopeless or not (self.steps or (self.folder / SAMPLE).exists()):
+            if error is not None and self._identity and not self._hopeless and (self.steps or self.sample.exists()):
+                error.add_note(f"{self.progress} are kept in {self.folder}, the same command goes on from there")
+                return
+            if self._identity and not self._is_new:
                 self._clear()
-                with suppress(OSError):  # a mount point stays
-                    self.folder.rmdir()
-            else:
-                error.add_note(self._outlook())
+            with suppress(OSError):  # another run's files may be in it, and a mount point stays
+                self.folder.rmdir()
 
     def begin(self, identity: Mapping[str, Any], n_steps: int, *, restart: bool = False) -> None:
-        """Go on with the run of `identity`, or start it. ConfigError when the folder holds another run."""
-        known = None if restart else self._manifest()
-        if known is None:
-            self._clear()
-            _write_durably(self.folder / MANIFEST, json.dumps(identity, indent=1).encode())
-        elif known != identity:
-            raise self._other_run(_difference(known, identity))
-        self._n_steps, self._begun = n_steps, True
-        self.steps = self._read_lines()
+        """Find what there is to go on with; nothing is changed yet. ConfigError when it is another run's."""
+        known, steps = self._manifest(), self._read_lines()
+        if restart or known != identity:
+            if known is not None and not restart and (steps or any(self.folder.glob(_SAMPLES))):
+                raise self._other_run(_difference(known, identity))
+            steps, self._is_new = [], True
+        self.sample = self.folder / f"self.{_check(json.dumps(identity))}.npy"
+        self._identity, self._n_steps, self.steps = identity, n_steps, steps
+
+    def start(self) -> None:
+        """From here on the folder is this run's: what another one left goes."""
+        if not self._is_new:
+            return
+        self._clear(keep=self.sample)
+        self._is_new = False
+        sync_folder(self.folder.parent)
+        _write_durably(self.folder / MANIFEST, json.dumps(self._identity, indent=1).encode())
 
     @property
     def entries(self) -> list[TensorEntry]:
@@ -95,12 +107,16 @@ class Journal:
     @property
     def is_published(self) -> bool:
         """Whether the run came to its end and was killed between naming the file and removing the folder."""
-        if len(self.steps) < self._n_steps or not self.output.exists():
+        if len(self.steps) < self._n_steps:
             return False
-        return not self.sections.exists() or self.sections.samefile(self.output)
+        with suppress(FormatError, OSError), QtmFile.open(self.output) as file:
+            return list(file.tensors.values()) == self.entries
+        return False
 
     def check(self) -> None:
         """Refuse to go on from sections that are not what was journalled: a disk can lose what it promised."""
+        if len(self.steps) == self._n_steps and not self.sections.exists():
+            raise ConfigError(f"{self.folder}: its file was finished, and moved away; give --restart to make it again")
         with suppress(FileNotFoundError), open(self.sections, "rb") as file:
             if all(_sha256(file, entry) == entry.sha256 for entry in self.entries):
                 return
@@ -115,19 +131,18 @@ class Journal:
         """Note that a step is finished; all it wrote has to be durable already."""
         step = Step(tuple(tensors), dict(report))
         text = json.dumps({"tensors": [entry.fields() for entry in tensors], "report": step.report})
-        with open(self.folder / LINES, "ab") as file:
+        path = self.folder / LINES
+        path.touch()
+        sync_folder(self.folder)  # the names of all it speaks of, and its own
+        with naming(path), open(path, "ab") as file:
             file.write(f"{_check(text)} {text}\n".encode())
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(self.folder)  # the names of the files, too
         self.steps.append(step)
 
     def give_up(self) -> None:
         """Keep nothing: the same command would run into the same error again."""
         self._hopeless = True
-
-    def _outlook(self) -> str:
-        return f"{self.progress} are kept in {self.folder}, the same command goes on from there"
 
     @property
     def progress(self) -> str:
@@ -141,7 +156,7 @@ class Journal:
 
     def _refuse_foreign_files(self) -> None:
         for path in self.folder.iterdir():
-            if path.name not in _FILES:
+            if path.name not in _FILES and not fnmatch(path.name, _SAMPLES):
                 raise ConfigError(f"{self.folder}: has {path.name!r} in it, which is no run's; give a new --work-dir")
 
     def _manifest(self) -> Any:
@@ -162,9 +177,10 @@ class Journal:
         os.truncate(path, end)
         return steps
 
-    def _clear(self) -> None:
-        for name in _FILES:
-            (self.folder / name).unlink(missing_ok=True)
+    def _clear(self, keep: Path | None = None) -> None:
+        for path in (*self.folder.glob(_SAMPLES), *(self.folder / name for name in _FILES)):
+            if path != keep:
+                path.unlink(missing_ok=True)
 
 
 def default_folder(output: Path) -> Path:

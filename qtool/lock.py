@@ -15,7 +15,7 @@ from qtool.errors import ConfigError
 def locked_output(output: Path) -> Iterator[None]:
     """Hold `output` against every other process that would write it; its lock is a file beside it."""
     path = output.with_name(f".{output.name}.lock")
-    descriptor = _take(path, f"{output}: another qtool{{}} is writing it; wait for it, or give another --output")
+    descriptor = _take(path, output)
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -36,13 +36,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(path: Path, refusal: str) -> int:
+def _take(path: Path, output: Path) -> int:
     """The open, locked file `path`; ConfigError when another process has it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            _flock(descriptor, refusal.format(f" (process {holder})" if holder.isdigit() else ""))
+            who = f"another qtool (process {holder})" if holder.isdigit() else "another qtool"
+            _flock(descriptor, f"{output}: {who} is writing it; wait for it, or give another --output")
             if _is_still_there(descriptor, path):
                 return descriptor
         except BaseException:

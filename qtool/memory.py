@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from qtool.errors import ConfigError
@@ -27,8 +28,14 @@ def rss_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else peak_rss_bytes()
 
 
+def reset_peak() -> None:
+    """Let `peak_rss_bytes` count from now, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this process, since `reset_peak` or its start."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent that started us, whose peak outlives exec
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -168,11 +168,9 @@ class BlockwiseModel:
         raise CheckpointError(f"{self.checkpoint.name}: its blocks were not all run; architecture not supported")
 
     def learn_calls(self, batches: Iterable[Tensor]) -> None:
-        """Make `run` ready for ids [batch, seq] of these shapes without keeping any input of a block."""
-        one_of_each = {tuple(ids.shape): ids for ids in batches}
-        with self.outside(head=False):
-            for ids in one_of_each.values():
-                self.embed(ids)
+        """Make `run` ready for ids [batch, seq] of these shapes; needs `outside`."""
+        for ids in {tuple(ids.shape): ids for ids in batches}.values():
+            self.embed(ids)
 
     def _remember_calls(self, shape: tuple[int, int], calls: list[BlockCall]) -> None:
         known = self._calls.setdefault(shape, calls)

@@ -26,9 +26,10 @@ from formats.skeleton import set_tensor
 from formats.writer import BytesLike, Writer
 from qtool.budget import Budget, check_disk, plan_budget
 from qtool.checkpoint import Checkpoint, find_tensor
-from qtool.errors import QtoolError
+from qtool.errors import CheckpointError, ConfigError, QuantizeError
 from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
-from qtool.journal import SAMPLE, Journal
+from qtool.journal import Journal
+from qtool.memory import reset_peak
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import dense_section, rounded_section
@@ -55,27 +56,45 @@ def compress(
     """
     options = options or RunOptions()
     started = time.perf_counter()
-    report = RunReport()
+    _refuse_same_paths(output, options)
+    reset_peak()
     with exact_float32(), RunLog(options.log_file) as log, Journal(output, options.work_dir) as journal:
         job = _prepare(checkpoint, recipe, options, warn)
         journal.begin(job.identity(), 1 + len(job.model.blocks), restart=options.restart)
         if not journal.is_published:
+            if output.exists() and not options.overwrite:
+                raise ConfigError(f"{output}: exists already; give another --output or --force")
             if journal.steps:
                 journal.check()
-                warn(f"goes on behind {journal.progress}, kept in {journal.folder}")
+                warn(f"resumes after {journal.progress}, kept in {journal.folder}")
             check_disk(journal, job.plan, job.files, job.budget)
             windows = _windows(job, journal, warn)
-            job.budget.check_now()
+            job.budget.check_now("the calibration text")
+            journal.start()
             with Writer(output, options.overwrite, part=journal.sections, written=journal.entries) as writer:
-                with _giving_up(journal):
-                    _Run(job, writer, journal, log).blocks(windows)
+                _Run(job, writer, journal, log).blocks(windows)
                 for name, data in job.files.items():
                     writer.add_file(name, data)
-                for step in journal.steps:
-                    report.add(step.report)
-                writer.finish(**header_members(job.model, recipe, windows, job.sources, report.quality()))
+                quality = _whole_report(journal).quality()
+                writer.finish(**header_members(job.model, recipe, windows, job.sources, quality))
+        report = _whole_report(journal)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _whole_report(journal: Journal) -> RunReport:
+    """What all steps of a run together have to report, those of earlier processes included."""
+    report = RunReport()
+    for step in journal.steps:
+        report.add(step.report)
+    return report
+
+
+def _refuse_same_paths(output: Path, options: RunOptions) -> None:
+    """One path for two things would destroy the one or the other at the very end."""
+    for option, path in (("--work-dir", options.work_dir), ("--log-file", options.log_file)):
+        if path is not None and path.resolve() == output.resolve():
+            raise ConfigError(f"{option} {path}: is the output itself; give another")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +110,8 @@ class _Job:
     files: dict[str, bytes]
 
     def identity(self) -> dict[str, Any]:
-        windows_per_batch = self.budget.windows_per_batch
-        return run_identity(self.model, self.recipe, self.sources, self.files, windows_per_batch=windows_per_batch)
+        batch = {"windows_per_batch (by --max-memory)": self.budget.windows_per_batch}  # sums are rounded by it
+        return run_identity(self.model, self.recipe, self.sources, self.files, **batch)
 
 
 def _prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None]) -> _Job:
@@ -117,7 +136,7 @@ def _windows(job: _Job, journal: Journal, warn: Callable[[str], None]) -> TokenW
     """The calibration windows, which have to be those that a resumed run was begun with."""
     windows = None
     if job.recipe.linears.method != "rtn":
-        windows = draw_sample(job.model, job.recipe, job.tokenizer, keep_own=journal.folder / SAMPLE)
+        windows = draw_sample(job.model, job.recipe, job.tokenizer, keep_own=journal.sample)
         for line in (*windows.warnings, *windows.notes):
             warn(line)
         release_free_memory()  # the tokenizer's
@@ -131,11 +150,17 @@ def _windows(job: _Job, journal: Journal, warn: Callable[[str], None]) -> TokenW
 
 @contextmanager
 def _giving_up(journal: Journal) -> Iterator[None]:
-    """Keep nothing of a run that meets what it would meet again: a broken weight, a layer that cannot be solved."""
+    """Keep nothing of a run that meets what it would meet again: a broken weight, a layer that cannot be solved.
+
+    Whatever else is behind an error (a disk, a network, memory) may do better next time.
+    """
     try:
         yield
-    except (QtoolError, CalibrationError, FormatError) as error:
-        if not isinstance(error.__cause__, OSError):  # a disk or a network may do better next time
+    except (CheckpointError, QuantizeError, CalibrationError, FormatError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, (CheckpointError, QuantizeError, CalibrationError, FormatError)):
+            cause = cause.__cause__
+        if cause is None:
             journal.give_up()
         raise
 
@@ -156,44 +181,64 @@ class _Run:
         if windows is not None:
             ids = torch.from_numpy(windows.ids)
             states = HiddenStates(self.journal.folder, ids, self.budget.windows_per_batch)
-        if not self.journal.steps:
-            self._outside(states)
-            self._commit(calibration_sha256=windows and windows.sha256, machine=machine())
-        elif states is not None:
-            self.model.learn_calls(states.batches)
+        done = len(self.journal.steps) - 1
+        if done >= 0 and states is not None and done < len(self.model.blocks):
+            states.check(done, self.journal.steps[-1].report["states"])
+        with _giving_up(self.journal):
+            checksum = self._outside(states)
+            if not self.journal.steps:
+                self._commit(checksum, calibration_sha256=windows and windows.sha256, machine=machine())
+            self._blocks(states)
+
+    def _blocks(self, states: HiddenStates | None) -> None:
         count, done = len(self.model.blocks), len(self.journal.steps) - 1
         with tqdm(total=count, initial=done, unit="block", desc="quantize", disable=None) as bar:
             for index in range(done, count):
                 bar.set_description(f"quantize block {index + 1} of {count}")
                 with self.model.block(index):
-                    self._block(index, states, bar)
-                    self._commit()
+                    self._commit(self._block(index, states, bar))
                 release_free_memory()
+                self.budget.check_now(f"block {index}")
                 bar.update()
 
-    def _commit(self, **first: Any) -> None:
+    def _commit(self, checksum: int | None, **first: Any) -> None:
         """End a step: from here on, no interruption costs it."""
         self.writer.sync()
-        self.journal.commit(self.entries, asdict(self.report) | first)
+        self.journal.commit(self.entries, asdict(self.report) | {"states": checksum} | first)
         self.entries, self.report = [], RunReport()
 
-    def _outside(self, states: HiddenStates | None) -> None:
-        """Write what lies outside the blocks, one tensor in memory at a time, and the first block's inputs."""
+    def _outside(self, states: HiddenStates | None) -> int | None:
+        """Write what lies outside the blocks, one tensor in memory at a time, and the first block's inputs, whose
+        checksum is returned. A run that goes on does only what it needs to run its blocks.
+        """
+        is_new = not self.journal.steps
         looked_up = self.model.outside_names(head=False) if states is not None else []
         decoded: dict[str, Tensor] = {}
-        for name in sorted(self.model.outside_names(), key=lambda name: name in looked_up):
+        names = self.model.outside_names() if is_new else looked_up
+        for name in sorted(names, key=lambda name: name in looked_up):
+            rounded = self.plan[name].spec is not None
+            if not is_new and not rounded:
+                continue
             with self.model.materialised([name]):
-                self._write(self.plan[name])
-                if name in looked_up and self.plan[name].spec is not None:
+                section = self._section(self.plan[name])
+                if is_new:
+                    self._append(self.plan[name], self.plan[name].encoding, section)
+                if name in looked_up and rounded:
                     # Blocks are calibrated on what will be looked up: the values are now the decoded ones.
                     decoded[name] = find_tensor(self.model.skeleton, name)
             release_free_memory()
-        if states is not None:
-            with self.model.materialised(looked_up, instead=decoded):
-                states.write(0, map(self.model.embed, states.batches))
+        if states is None:
+            return None
+        with self.model.materialised(looked_up, instead=decoded):
+            if is_new:
+                return states.write(0, map(self.model.embed, states.batches))
+            self.model.learn_calls(states.batches)
+            return None
 
-    def _block(self, index: int, states: HiddenStates | None, bar: tqdm[Any]) -> None:
-        """Calibrate, quantize and write one block; its quantized outputs are the next block's inputs."""
+    def _block(self, index: int, states: HiddenStates | None, bar: tqdm[Any]) -> int | None:
+        """Calibrate, quantize and write one block; its quantized outputs are the next block's inputs, whose checksum
+        is returned.
+        """
         stats: dict[str, LayerStats] = {}
         if states is not None:
             capture = HessianCapture(self.model.linears(index))
@@ -210,9 +255,10 @@ class _Run:
                 bar.set_postfix_str(f"{tensor.layer.removeprefix(block)} error {solution.relative_error:.2e}")
         for tensor in tensors:
             if tensor.spec is None:
-                self._write(tensor)
-        if states is not None and index + 1 < len(self.model.blocks):
-            states.write(index + 1, (self.model.run(index, x) for x in states.read(index)))
+                self._append(tensor, tensor.encoding, self._section(tensor))
+        if states is None or index + 1 == len(self.model.blocks):
+            return None
+        return states.write(index + 1, (self.model.run(index, x) for x in states.read(index)))
 
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""
@@ -249,12 +295,11 @@ class _Run:
         weight = find_tensor(self.model.skeleton, tensor.name)
         return weight.T if tensor.transposed else weight
 
-    def _write(self, tensor: TensorPlan) -> None:
-        """STAGE 5, pack: append a tensor that no solver touches; one that is rounded is left in memory as decoded."""
+    def _section(self, tensor: TensorPlan) -> BytesLike:
+        """STAGE 5, pack: a tensor that no solver touches; one that is rounded is left in memory as decoded."""
         values = find_tensor(self.model.skeleton, tensor.name)
         with error_context(tensor.name):
-            section = dense_section(values, tensor) if tensor.spec is None else rounded_section(values, tensor)
-        self._append(tensor, tensor.encoding, section)
+            return dense_section(values, tensor) if tensor.spec is None else rounded_section(values, tensor)
 
     def _write_solution(self, tensor: TensorPlan, solution: Solution) -> None:
         """STAGE 5, pack: append a layer that was solved."""

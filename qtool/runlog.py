@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from calibration.hessian import LayerStats
+from qtool.errors import naming
 from qtool.gptq import Factor, Solution
 from qtool.memory import rss_bytes
 from qtool.plan import TensorPlan
@@ -85,5 +86,7 @@ class RunLog:
             "seconds": round(seconds, 4),
             "rss_bytes": rss_bytes(),
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        assert self._path is not None
+        with naming(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from calibration.corpus import SampleSelf, calibration_windows
 from calibration.windows import TokenWindows
+from qtool.errors import naming
 from qtool.model import BlockwiseModel
 from qtool.recipe import Recipe
 
@@ -42,13 +44,15 @@ def draw_sample(
 
 def _kept(sample: SampleSelf, path: Path) -> SampleSelf:
     def sample_or_load(n_samples: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
-        if not path.exists():
-            new = path.with_name(f"{path.name}.new")
-            with open(new, "wb") as file:
-                np.save(file, sample(n_samples, seq_len, seed))
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        ids: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+        with suppress(OSError, ValueError, EOFError):  # what is torn is sampled again
+            kept: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+            return kept
+        ids, new = sample(n_samples, seq_len, seed), path.with_name(f"{path.name}.new")
+        with naming(new), open(new, "wb") as file:
+            np.save(file, ids)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
         return ids
 
     return sample_or_load

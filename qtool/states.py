@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qtool.errors import CheckpointError
+from qtool.errors import ConfigError, naming
 
 STATES_FILES = ("states.0", "states.1")
 TOKENS_PER_BATCH = 1024
 """Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
+
+
+def windows_per_batch(seq_len: int) -> int:
+    """Windows of `seq_len` tokens that are run through a block together."""
+    return max(1, TOKENS_PER_BATCH // seq_len)
 
 
 class HiddenStates:
@@ -28,21 +34,31 @@ class HiddenStates:
         self.batches = ids.split(windows_per_batch)
         """The token ids [batch, seq] of each batch."""
 
-    def write(self, step: int, states: Iterable[Tensor]) -> None:
-        """Store the input of block `step`, durably."""
-        with open(self._path(step), "wb") as file:
+    def write(self, step: int, states: Iterable[Tensor]) -> int:
+        """Store the input of block `step`, durably.  -> its checksum"""
+        path, checksum = self._path(step), 0
+        with naming(path), open(path, "wb") as file:
             for batch in states:
-                file.write(batch.float().contiguous().numpy().data)
+                batch = batch.float().contiguous()
+                checksum = _fold(checksum, batch)
+                file.write(batch.numpy().data)
             file.flush()
             os.fsync(file.fileno())
+        return checksum
+
+    def check(self, step: int, expected: int) -> None:
+        """Refuse states that are not what `write` stored: they would be taken for right, and give another file."""
+        checksum = 0
+        with suppress(FileNotFoundError):
+            for batch in self.read(step):
+                checksum = _fold(checksum, batch)
+        if checksum != expected:
+            raise ConfigError(f"{self._path(step)}: damaged; give --restart to begin anew")
 
     def read(self, step: int) -> Iterator[Tensor]:
         """The input of block `step`, a batch at a time, each in memory of its own."""
         path = self._path(step)
-        n_tokens = sum(ids.numel() for ids in self.batches)
-        width, rest = divmod(path.stat().st_size, 4 * n_tokens)
-        if rest or not width:
-            raise CheckpointError(f"{path}: damaged; give --restart to begin anew")
+        width = path.stat().st_size // (4 * sum(ids.numel() for ids in self.batches))
         with open(path, "rb") as file:
             for ids in self.batches:
                 states = torch.empty(*ids.shape, width)
@@ -51,3 +67,8 @@ class HiddenStates:
 
     def _path(self, step: int) -> Path:
         return self._folder / STATES_FILES[step % 2]
+
+
+def _fold(checksum: int, batch: Tensor) -> int:
+    """A sum of the bits: against lost writes, not against enemies, and far cheaper than any hash."""
+    return (checksum * 1_000_003 + int(batch.view(torch.int32).sum())) % 2**64

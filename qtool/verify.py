@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from calibration.capture import HessianCapture
 from calibration.hessian import LayerStats
+from calibration.hub import KNOWN_DATASETS
+from formats.embedded import load_tokenizer
 from formats.encoding import Uniform
 from formats.errors import FormatError
 from formats.header import TensorEntry
@@ -24,9 +27,11 @@ from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
-from qtool.recipe import CalibrationSpec, Recipe
+from qtool.pack import rounded_section
+from qtool.plan import TensorPlan
+from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
 from qtool.sample import draw_sample
-from qtool.states import TOKENS_PER_BATCH, HiddenStates
+from qtool.states import HiddenStates, windows_per_batch
 
 TOLERANCE = 0.02
 """How far an error may be from the recorded one, as a share of it: another machine rounds its sums in another order."""
@@ -72,19 +77,29 @@ def _states(
     if recorded is None:
         return None
     try:
-        source = calibration or str(recorded["source"]).partition(" ")[0]
+        source = calibration or _source_of(str(recorded["source"]), file.label)
         spec = CalibrationSpec(**{**recorded, "source": source, "text_field": text_field})
     except (TypeError, KeyError) as error:
         raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)") from error
     recipe = replace(Recipe(), calibration=spec)
-    windows = draw_sample(model, recipe, model.checkpoint.tokenizer(), keep_own=folder / "self.npy")
+    # The file's own tokenizer made the sample, or one that gives the same tokens; it needs no code.
+    windows = draw_sample(model, recipe, load_tokenizer(file.label), keep_own=folder / "self.npy")
     if windows.sha256 != file.header.provenance.get("calibration_sha256"):
         raise ConfigError(
             f"{source}: is not the text that {file.label} was calibrated on ({recorded['source']}); "
             "give that one by --calibration"
         )
     ids = torch.from_numpy(windows.ids)
-    return HiddenStates(folder, ids, max(1, TOKENS_PER_BATCH // ids.shape[1]))
+    return HiddenStates(folder, ids, windows_per_batch(ids.shape[1]))
+
+
+def _source_of(recorded: str, label: str) -> str:
+    """What --calibration was, from the names in a header, which may be a stranger's: no path and no download."""
+    names = [re.sub(r" \((train|test)\)$", "", name.strip()) for name in recorded.split(",")]
+    for name in names:
+        if name != "self" and name not in KNOWN_DATASETS and name.partition(":")[0] != "builtin":
+            raise ConfigError(f"{label}: was calibrated on {recorded}; give that text by --calibration")
+    return ",".join(names)
 
 
 class _Verification:
@@ -133,7 +148,9 @@ class _Verification:
         if not isinstance(entry.encoding, Uniform):
             if not torch.equal(weight, decoded):
                 raise self._mismatch(entry, "is stored as it was, and differs")
-        elif entry.relative_error is not None:
+        elif entry.relative_error is None:  # an embedding, rounded to nearest: the same bits on any machine
+            self._check_rounded(entry, weight)
+        else:
             across = (weight.T, decoded.T) if entry.transposed else (weight, decoded)
             check = LayerCheck(name, entry.relative_error, _relative_error(*across, stats))
             if not check.ok:
@@ -141,6 +158,16 @@ class _Verification:
                 raise self._mismatch(entry, found)
             self.checks.append(check)
         return decoded
+
+    def _check_rounded(self, entry: TensorEntry, weight: Tensor) -> None:
+        encoding = entry.encoding
+        assert isinstance(encoding, Uniform)
+        spec = QuantSpec(
+            method="rtn", bits=encoding.bits, group_size=encoding.group_size, symmetric=encoding.symmetric
+        )  # fmt: skip
+        plan = TensorPlan(name=entry.name, shape=entry.shape, encoding=encoding, spec=spec)
+        if not encoding.symmetric or rounded_section(weight.clone(), plan) != self.file.section(entry):
+            raise self._mismatch(entry, "is not the model's rounded to nearest")
 
     def _mismatch(self, entry: TensorEntry, what: str) -> CheckpointError:
         source = self.model.checkpoint.name

@@ -7,7 +7,7 @@ import os
 import re
 
 import pytest
-from invoke import python, qtool_json, refusal
+from invoke import python, qtool_json, refusal, run_qtool
 
 import qtool.budget
 from qtool.errors import ConfigError
@@ -56,6 +56,18 @@ def test_the_least_that_is_named_is_enough(command):
     assert json.loads(done.stdout)["peak_rss_bytes"] <= least
 
 
+def test_a_run_that_takes_more_after_all_stops_and_keeps_what_it_has(command, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(qtool.budget, "peak_rss_bytes", lambda: 10**9 if stepped else 0)
+        stepped = []
+        commit = qtool.journal.Journal.commit
+        patched.setattr(qtool.journal.Journal, "commit", lambda *args: (commit(*args), stepped.append(1)))
+        message = refusal(*command, "--max-memory", "0.95GB")
+    assert message == "--max-memory 950.0 MB: this run needs at least 1.1 GB: block 0 takes that much"
+    result = run_qtool(*command)
+    assert result.exit_code == 0 and "resumes after 1 of 3 blocks" in result.stderr
+
+
 def test_a_text_that_takes_more_than_the_limit_is_refused_before_the_first_block(command, tmp_path, monkeypatch):
     monkeypatch.setattr(qtool.budget, "INTERPRETER_BYTES", 0)
     monkeypatch.setattr(qtool.budget, "TOKENIZER_BYTES", 0)
@@ -87,5 +99,5 @@ def test_smaller_batches_are_another_run(command, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(qtool.pipeline._Run, "_block", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert "0 of 3 blocks are kept" in refusal(*command)
-    monkeypatch.setattr(qtool.budget, "TOKENS_PER_BATCH", 64)
-    assert "holds another run (windows_per_batch is 1, was 16)" in refusal(*command)
+    monkeypatch.setattr(qtool.states, "TOKENS_PER_BATCH", 64)
+    assert "holds another run (windows_per_batch (by --max-memory) is 1, was 16)" in refusal(*command)

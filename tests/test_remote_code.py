@@ -44,7 +44,7 @@ def make(tiny_files, tmp_path):
 def test_it_is_not_run_unless_asked_for(make, tiny_files, tmp_path):
     model, marker = make()
     command = ["compress", model, "-o", tmp_path / "out.qtm", *tiny_files.compress_options()]
-    expected = "code of its own; read that, and run it by --trust-remote-code if you do trust it"
+    expected = "it is code of its own; read that, and if you trust it, run it by compress --trust-remote-code"
     assert refusal(*command).endswith(expected)
     assert refusal(*command, "--dry-run").endswith(expected)
     assert refusal("eval", "perplexity", model, "--data", tiny_files.text).endswith(expected)
@@ -65,6 +65,8 @@ def test_the_file_needs_none_of_it(make, tiny_files, tmp_path):
     expected = qtool_json("eval", "perplexity", plain, "--data", tiny_files.text, "--seq-len", 64)["perplexity"]
     found = qtool_json("eval", "perplexity", output, "--data", tiny_files.text, "--seq-len", 64)["perplexity"]
     assert found == expected
+    result = run_qtool("verify", output, "--against", model, "--calibration", tiny_files.text)
+    assert "the errors of 21 layers are as recorded" in result.stdout
     assert not marker.exists()
 
 

@@ -57,7 +57,7 @@ def refusal_of_resumed(command):
     result = run_qtool(*command)
     assert result.exit_code == 1
     first, *_, last = result.stderr.splitlines()
-    assert first.startswith("goes on behind ")
+    assert first.startswith("resumes after ")
     return last.removeprefix("Error: ")
 
 
@@ -102,16 +102,17 @@ def _die_before_act(n):
 
 
 def test_killed_before_any_act_the_same_command_gives_the_same_bytes(command, output, whole):
-    n, died = 0, True
+    n, died, work = 0, True, output.with_name(f"{output.name}.work")
     while died:
         n += 1
         died = die_at(n, command)
         if output.exists():
             assert output.read_bytes() == whole  # never half a file under the final name
-        if died and not (output.exists() and os.listdir(output.parent) == [output.name]):
+        # Killed when its journal was gone already, or only its lock was left: done, as it says to who repeats it.
+        done = output.exists() and not (work / "journal.jsonl").exists()
+        if died and os.listdir(output.parent) != [output.name]:
             result = run_qtool(*command)
-            # Killed when only its lock was left: the run was done, and says so to whoever repeats it.
-            assert result.exit_code == 0 or "exists already" in result.stderr, (n, result.output)
+            assert result.exit_code == 0 or (done and "exists already" in result.stderr), (n, result.output)
         assert output.read_bytes() == whole, n
         assert set(os.listdir(output.parent)) <= {output.name, f".{output.name}.lock"}, n
         output.unlink()
@@ -159,7 +160,7 @@ def test_interrupted_says_how_to_go_on(monkeypatch, command, output, whole):
     assert message == f"interrupted; 1 of {N_BLOCKS} blocks are kept in {work}, the same command goes on from there"
     assert not output.exists()
     result = run_qtool(*command)
-    assert f"goes on behind 1 of {N_BLOCKS} blocks, kept in {work}" in result.stderr
+    assert f"resumes after 1 of {N_BLOCKS} blocks, kept in {work}" in result.stderr
     assert output.read_bytes() == whole
     assert os.listdir(output.parent) == [output.name]
 
@@ -283,6 +284,94 @@ def test_another_machine_may_go_on_but_is_told(monkeypatch, command):
     assert "a few codes can differ from a run in one go" in result.stderr
 
 
+def test_states_that_a_disk_lost_are_not_gone_on_with(monkeypatch, command, output, whole):
+    interrupt(monkeypatch, command)
+    states = output.with_name(f"{output.name}.work") / "states.1"
+    data = bytearray(states.read_bytes())
+    data[:4096] = bytes(4096)
+    states.write_bytes(data)
+    assert refusal_of_resumed(command) == f"{states}: damaged; give --restart to begin anew"
+    assert run_qtool(*command, "--restart").exit_code == 0
+    assert output.read_bytes() == whole
+
+
+def test_what_the_model_wrote_and_the_disk_lost_is_written_again(monkeypatch, tiny_files, output):
+    command = [
+        "compress",
+        tiny_files.model("llama"),
+        "-o",
+        output,
+        *tiny_files.compress_options("--calibration", "self"),
+    ]
+    interrupt(monkeypatch, command)
+    (sample,) = output.with_name(f"{output.name}.work").glob("self.*.npy")
+    os.truncate(sample, 100)
+    assert run_qtool(*command).exit_code == 0
+    assert output.read_bytes() == tiny_files.compressed("llama", "--calibration", "self").read_bytes()
+
+
+def test_no_memory_for_a_block_keeps_the_blocks_before(monkeypatch, command, output, whole):
+    read, reads = qtool.checkpoint.convert_and_load_state_dict_in_model, []
+
+    def without_memory(*args, **kwargs):
+        reads.append(args)
+        if len(reads) > 6:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.")
+        return read(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(qtool.checkpoint, "convert_and_load_state_dict_in_model", without_memory)
+        message = refusal(*command)
+    assert message.startswith("out of memory; ") and f"of {N_BLOCKS} blocks are kept" in message
+    assert run_qtool(*command).exit_code == 0
+    assert output.read_bytes() == whole
+
+
+def test_restart_destroys_nothing_before_the_run_can_start(monkeypatch, command, output, whole):
+    interrupt(monkeypatch, command)
+    assert "does not exist" in refusal(*command, "--restart", "--calibration", "nowhere.txt")
+    output.write_bytes(b"precious")
+    assert "exists already" in refusal(*command, "--restart")
+    output.unlink()
+    result = run_qtool(*command)
+    assert result.exit_code == 0 and "resumes after 1 of" in result.stderr
+    assert output.read_bytes() == whole
+
+
+def test_a_folder_in_which_nothing_was_done_is_no_other_run(monkeypatch, command, output, tiny_files):
+    work = output.with_name(f"{output.name}.work")
+    work.mkdir()
+    (work / "manifest.json").write_text('{"recipe": "of somebody else"}')
+    assert run_qtool(*command).exit_code == 0
+
+
+def stop_before_publishing(monkeypatch, command):
+    with monkeypatch.context() as patched:
+        patched.setattr(formats.writer.Writer, "_publish", lambda writer: (_ for _ in ()).throw(KeyboardInterrupt))
+        return refusal(*command)
+
+
+def test_an_old_output_is_not_taken_for_the_finished_one(monkeypatch, command, output, tiny_files):
+    output.write_bytes(tiny_files.compressed("mistral").read_bytes())
+    assert f"{N_BLOCKS} of {N_BLOCKS} blocks are kept" in stop_before_publishing(monkeypatch, [*command, "--force"])
+    work = output.with_name(f"{output.name}.work")
+    (work / "sections").unlink()
+    expected = f"{work}: its file was finished, and moved away; give --restart to make it again"
+    assert refusal(*command, "--force") == expected
+
+
+def test_a_second_interrupt_does_not_make_the_message_lie():
+    """The second comes while the first, which knows what is kept, is being seen to."""
+    first = KeyboardInterrupt()
+    first.add_note("1 of 3 blocks are kept")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        try:
+            raise first
+        finally:
+            raise KeyboardInterrupt
+    assert qtool.cli._outlook(caught.value) == "1 of 3 blocks are kept"
+
+
 # ---- the work folder
 
 
@@ -317,11 +406,23 @@ def test_force_replaces_only_at_the_end(monkeypatch, command, output, whole):
     output.write_bytes(b"precious")
     interrupt(monkeypatch, [*command, "--force"])
     assert output.read_bytes() == b"precious"
-    assert refusal_of_resumed(command).startswith(
-        f"{output}: exists already"
-    )  # without --force, and the journal is kept
+    kept = refusal(*command)  # without --force, and the journal is kept
+    assert kept == f"{output}: exists already; give another --output or --force"
     assert run_qtool(*command, "--force").exit_code == 0
     assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("option", ["--work-dir", "--log-file"])
+def test_one_path_for_two_things(command, output, option):
+    assert refusal(*command, option, output) == f"{option} {output}: is the output itself; give another"
+    assert os.listdir(output.parent) == []
+
+
+def test_an_output_with_odd_characters(tiny_files, tmp_path):
+    output = tmp_path / "a{b} %s 'c'.qtm"
+    result = run_qtool("compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options())
+    assert result.exit_code == 0, result.output
+    assert output.read_bytes() == tiny_files.compressed("llama").read_bytes()
 
 
 # ---- two at once

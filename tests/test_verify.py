@@ -52,7 +52,7 @@ def test_another_text(tiny_files, tmp_path):
     expected = f"{other}: is not the text that {file} was calibrated on (text.txt); give that one by --calibration"
     assert message == expected
     missing = refusal("verify", file, "--against", tiny_files.model("llama"))
-    assert missing.startswith("text.txt: this path does not exist")
+    assert missing == f"{file}: was calibrated on text.txt; give that text by --calibration"
 
 
 def test_one_weight_changed_in_the_model(tiny_files, tmp_path):
@@ -64,7 +64,9 @@ def test_one_weight_changed_in_the_model(tiny_files, tmp_path):
     assert "tensor 'model.layers.1.mlp.down_proj.weight' against" in message and "recorded is" in message
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.self_attn.v_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.v_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
 def test_a_file_whose_hashes_are_right_and_whose_weights_are_not(tiny_files, tmp_path, name):
     """Who can change a file can hash it: the error against the model tells."""
     forged = tmp_path / "forged.qtm"
