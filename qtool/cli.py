@@ -27,22 +27,33 @@ class _Group(click.Group):
     """Turns every error that a user can act on into one line and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        received: list[int] = []
         try:
-            with _terminated_as_interrupted():
+            with _interrupted_by_signals(received):
                 return super().invoke(ctx)
-        except DOMAIN_ERRORS as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except BrokenPipeError:
             raise  # whoever reads our output has seen enough; click ends quietly
-        except OSError as error:
-            raise click.ClickException(_describe_os_error(error)) from error
-        except (MemoryError, RuntimeError) as error:
-            # torch has no exception of its own for memory that the CPU allocator does not get.
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        except (Exception, KeyboardInterrupt) as error:
+            # Libraries turn an interrupt into whatever they raise when, say, an import of theirs fails.
+            is_interrupted = bool(received) or isinstance(error, KeyboardInterrupt)
+            message = f"interrupted; {_outlook(error)}" if is_interrupted else _explain(error)
+            if message is None:
                 raise
-            raise click.ClickException(f"out of memory; use a shorter --seq-len; {_outlook(error)}") from error
-        except KeyboardInterrupt as error:
-            raise click.ClickException(f"interrupted; {_outlook(error)}") from error
+            raise click.ClickException(message) from error
+
+
+def _explain(error: BaseException) -> str | None:
+    """The line for an error that a user can act on; None for one that is ours."""
+    if isinstance(error, DOMAIN_ERRORS):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return _describe_os_error(error)
+    # torch has no exception of its own for memory that the CPU allocator does not get.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return f"out of memory; use a shorter --seq-len; {_outlook(error)}"
+    return None
 
 
 def _outlook(error: BaseException) -> str:
@@ -56,16 +67,22 @@ def _outlook(error: BaseException) -> str:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def _interrupted_by_signals(received: list[int]) -> Iterator[None]:
     """SIGTERM ends a command as Ctrl-C does, with its one line; only the main thread can see to that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _describe_os_error(error: OSError) -> str:

@@ -14,6 +14,7 @@ import pytest
 from invoke import environment, python, qtool_json, refusal, run_qtool
 
 import formats.writer
+import qtool.commands
 import qtool.pipeline
 from formats.reader import verify
 from qtool.states import HiddenStates
@@ -358,6 +359,28 @@ def test_an_old_output_is_not_taken_for_the_finished_one(monkeypatch, command, o
     (work / "sections").unlink()
     expected = f"{work}: its file was finished, and moved away; give --restart to make it again"
     assert refusal(*command, "--force") == expected
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_makes_an_error_of(monkeypatch, command, output, kind):
+    """transformers makes a missing module of an interrupt while it is imported."""
+
+    def swallow(*args, **options):
+        try:
+            os.kill(os.getpid(), kind)
+            time.sleep(1)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr(qtool.commands, "open_checkpoint", swallow)
+    assert refusal(*command) == "interrupted; nothing was left behind"
+    assert os.listdir(output.parent) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch, command, output):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "signal", lambda *args: pytest.fail("a handler was set"))
+    assert run_qtool(*command).exit_code == 0
 
 
 def test_a_second_interrupt_does_not_make_the_message_lie():
