@@ -9,7 +9,7 @@ from invoke import qtool_json, run_qtool
 from tiny import load_reference
 
 import qtool as api
-from qtool import evaluate
+from qtool import evaluate, states
 from qtool.checkpoint import open_checkpoint
 from qtool.numerics import exact_float32
 
@@ -102,7 +102,7 @@ def test_a_file_equals_its_exported_folder(tiny_files, tmp_path):
 
 def evaluate_with(tiny_files, monkeypatch, **constants):
     for name, value in constants.items():
-        monkeypatch.setattr(evaluate, name, value)
+        monkeypatch.setattr(states if name == "TOKENS_PER_BATCH" else evaluate, name, value)
     result = evaluate.evaluate_perplexity(
         open_checkpoint(str(tiny_files.compressed("gemma2"))),
         baseline=open_checkpoint(str(tiny_files.model("gemma2"))),
