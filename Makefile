@@ -46,6 +46,7 @@ $(REFERENCE): | $(STAMP)
 bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the texts and the model script in ../shared
 	$(BIN)/python -m benchmarks.speed --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.cost --model $(REFERENCE)
+	$(BIN)/python -m benchmarks.memory --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.hostile
 
