@@ -31,16 +31,22 @@ _COUNT = re.compile(r"((num|n|encoder|decoder)_)+((hidden|encoder|decoder)_)?lay
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer in a `.qtm` file, chat template included."""
-    with QtmFile.open(path) as file, tempfile.TemporaryDirectory() as name:
+    with QtmFile.open(path) as file:
+        return tokenizer_of(file)
+
+
+def tokenizer_of(file: QtmFile) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, for a file that is open."""
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file_name in file.files:
             (folder / file_name).write_bytes(file.read_file(file_name))
         # A config.json tells transformers which tokenizer class the model goes with.
         configs = {name: read_json(file, name) for name in _TOKENIZER_CONFIGS if name in file.files}
         for file_name, config in (configs | {"config.json": config_dict(file)}).items():
-            _check_tokenizer_class(f"{path}: {file_name}", config.get("tokenizer_class"))
+            _check_tokenizer_class(f"{file.label}: {file_name}", config.get("tokenizer_class"))
             (folder / file_name).write_text(json.dumps(without_references(config)))
-        with refused(f"{path}: its tokenizer cannot be loaded", "6.3"):
+        with refused(f"{file.label}: its tokenizer cannot be loaded", "6.3"):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return cast(PreTrainedTokenizerBase, tokenizer)
 

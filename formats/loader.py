@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from formats.embedded import GENERATION_CONFIG as GENERATION_CONFIG
-from formats.embedded import generation_config, model_config, refused
-from formats.embedded import load_tokenizer as load_tokenizer
+from formats.embedded import GENERATION_CONFIG, generation_config, model_config, refused
 from formats.encoding import Dense, Uniform
 from formats.errors import FormatError, error_context
 from formats.header import TensorEntry

@@ -7,19 +7,21 @@ tokenizer = qtool.load_tokenizer("model.qtm")
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["__version__", "load", "load_tokenizer"]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from formats.loader import load, load_tokenizer
+    from formats.embedded import load_tokenizer
+    from formats.loader import load
+
+_MODULES = {"load": "formats.loader", "load_tokenizer": "formats.embedded"}
 
 
 def __getattr__(name: str) -> Any:
     # Resolved on first use: importing torch takes seconds, and `qtool --help` does not need it.
-    if name in ("load", "load_tokenizer"):
-        from formats import loader
-
-        return getattr(loader, name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'qtool' has no attribute {name!r}")

@@ -45,8 +45,7 @@ def plan_budget(
     model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe, max_memory_bytes: int | None = None
 ) -> Budget:
     """The largest batches that keep to `max_memory_bytes`; ConfigError names the least that the run needs."""
-    seq_len = min(recipe.calibration.seq_len, model.max_seq_len or recipe.calibration.seq_len)
-    n_windows = 0 if recipe.linears.method == "rtn" else recipe.calibration.samples
+    seq_len, n_windows = model.window_length(recipe.calibration.seq_len), recipe.n_windows
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
     windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.source.split(",")
     while True:
@@ -67,7 +66,8 @@ def _too_little(limit: int, needed: float, why: str) -> ConfigError:
 def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int) -> int:
     """The largest of the moments of a run: a tensor outside the blocks is packed, a block is run, a layer is solved."""
     largest = max((6 * t.n_parameters for t in plan if not t.in_block), default=0)  # float32, and as it was stored
-    looked_up = sum(4 * t.n_parameters for t in plan if not t.in_block and t.name in model.outside_names(head=False))
+    names = set(model.outside_names(head=False))
+    looked_up = sum(4 * t.n_parameters for t in plan if t.name in names)
     moments = [largest, TOKENIZER_BYTES * bool(n_tokens)]
     for tensors in blocks_of(model, plan):
         weights = 4 * sum(t.n_parameters for t in tensors)
@@ -91,12 +91,11 @@ def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int)
 
 def blocks_of(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
     """The tensors of each block."""
-    prefixes = [f"{model.block_name(i)}." for i in range(len(model.blocks))]
-    found: dict[str, list[TensorPlan]] = {prefix: [] for prefix in prefixes}
+    found: dict[str, list[TensorPlan]] = {}
     for tensor in plan:
         if tensor.in_block:
             number = tensor.name.removeprefix(f"{model.block_list}.").partition(".")[0]
-            found[f"{model.block_list}.{number}."].append(tensor)
+            found.setdefault(number, []).append(tensor)
     return list(found.values())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from formats.embedded import GENERATION_CONFIG, generation_config, load_tokenizer, model_config
+from formats.embedded import GENERATION_CONFIG, generation_config, model_config, tokenizer_of
 from formats.encoding import Dense
 from formats.loader import decode_tensor
 from formats.reader import QtmFile
@@ -36,7 +36,7 @@ class QtmCheckpoint(Checkpoint):
         return encoding.dtype if isinstance(encoding, Dense) else "F16"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path)
+        return tokenizer_of(self.file)
 
     def generation_config(self) -> GenerationConfig:
         if GENERATION_CONFIG not in self.file.files:

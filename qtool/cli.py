@@ -2,98 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from calibration.errors import CalibrationError
-from formats.errors import FormatError
 from qtool import __version__
-from qtool.errors import QtoolError
-
-DOMAIN_ERRORS = (QtoolError, CalibrationError, FormatError)
+from qtool.cli_group import CommandGroup
 
 
-class _Group(click.Group):
-    """Turns every error that a user can act on into one line and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        received: list[int] = []
-        try:
-            with _interrupted_by_signals(received):
-                return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except BrokenPipeError:
-            raise  # whoever reads our output has seen enough; click ends quietly
-        except (Exception, KeyboardInterrupt) as error:
-            # Libraries turn an interrupt into whatever they raise when, say, an import of theirs fails.
-            is_interrupted = bool(received) or isinstance(error, KeyboardInterrupt)
-            message = f"interrupted; {_outlook(error)}" if is_interrupted else _explain(error)
-            if message is None:
-                raise
-            raise click.ClickException(message) from error
-
-
-def _explain(error: BaseException) -> str | None:
-    """The line for an error that a user can act on; None for one that is ours."""
-    if isinstance(error, DOMAIN_ERRORS):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError):
-        return _describe_os_error(error)
-    # torch has no exception of its own for memory that the CPU allocator does not get.
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
-        return f"out of memory; use a shorter --seq-len; {_outlook(error)}"
-    return None
-
-
-def _outlook(error: BaseException) -> str:
-    """What an interrupted command left: a run says so in a note on its error."""
-    seen: BaseException | None = error
-    while seen is not None:  # a second Ctrl-C, while the first is being seen to, has the first behind it
-        if notes := getattr(seen, "__notes__", None):
-            return str(notes[0])
-        seen = seen.__context__
-    return "nothing was left behind"
-
-
-@contextmanager
-def _interrupted_by_signals(received: list[int]) -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, with its one line; only the main thread can see to that."""
-
-    def interrupt(number: int, frame: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, interrupt) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _describe_os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{where}{error.strerror}; {_outlook(error)}, make room and run again"
-    kept = f"; {_outlook(error)}" if hasattr(error, "__notes__") else ""
-    return f"{where}{error.strerror or error}{kept}"
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="qtool")
 def main() -> None:
     """Compress a causal language model into one small, checksummed file, and measure what it cost.
@@ -223,16 +144,17 @@ def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> No
     qtool verify model.qtm
     qtool verify model.qtm --against ./my-model --calibration notes.txt
     """
-    from formats.reader import verify as verify_file
+    from formats.reader import QtmFile, verify_file
 
-    report = verify_file(file)
-    values = {"file": str(file), "sections": report.n_sections, "bytes": report.n_bytes, "ok": True}
-    text = f"{file}: ok, {report.n_sections} sections, {report.n_bytes:,} bytes"
-    if against is not None:
-        from qtool import commands
+    with QtmFile.open(file) as opened:
+        report = verify_file(opened)
+        values = {"file": str(file), "sections": report.n_sections, "bytes": report.n_bytes, "ok": True}
+        text = f"{file}: ok, {report.n_sections} sections, {report.n_bytes:,} bytes"
+        if against is not None:
+            from qtool import commands
 
-        values["layers"] = layers = commands.run_verify_against(file, against, **options)
-        text += f"; the errors of {len(layers)} layers are as recorded"
+            values["layers"] = layers = commands.run_verify_against(opened, against, **options)
+            text += f"; the errors of {len(layers)} layers are as recorded"
     _emit(values, text, as_json)
 
 

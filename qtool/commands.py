@@ -151,10 +151,10 @@ def format_perplexity(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_verify_against(file: Path, model: str, *, calibration: str | None, text_field: str) -> list[dict[str, Any]]:
+def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, text_field: str) -> list[dict[str, Any]]:
     """Each layer's recorded and recomputed error; an error names the first that is not as recorded."""
-    with quiet_transformers(), QtmFile.open(file) as opened:
-        checks = verify_against(opened, open_checkpoint(model), calibration, text_field)
+    with quiet_transformers():
+        checks = verify_against(file, open_checkpoint(model), calibration, text_field)
     return [check.to_dict() for check in checks]
 
 
@@ -162,7 +162,8 @@ def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: f
     """The continuation alone."""
     import torch
 
-    from formats.loader import load, load_tokenizer
+    from formats.embedded import load_tokenizer
+    from formats.loader import load
 
     if not file.is_file():
         raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")

@@ -48,16 +48,10 @@ def _entry_bytes(tensor: TensorPlan) -> int:
     return len(tensor.name) + (ENTRY_BYTES if tensor.spec is None else QUANTIZED_ENTRY_BYTES)
 
 
-def _n_tokens(model: BlockwiseModel, recipe: Recipe) -> int:
-    if recipe.linears.method == "rtn":
-        return 0
-    return recipe.calibration.samples * min(recipe.calibration.seq_len, model.max_seq_len or 1 << 30)
-
-
 def _seconds(model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe) -> float:
     """Two forward passes, the Hessians and the solver, at the speed of this machine's matrix product."""
-    n_tokens = _n_tokens(model, recipe)
-    seq_len = n_tokens // recipe.calibration.samples
+    seq_len = model.window_length(recipe.calibration.seq_len)
+    n_tokens = recipe.n_windows * seq_len
     operations = 0.0
     for tensors in blocks_of(model, plan):
         linears = [t for t in tensors if t.spec is not None]

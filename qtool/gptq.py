@@ -188,13 +188,14 @@ def _rows(stored: Tensor, codes: Tensor, grid: Grid, group_size: int, factor: Fa
     """For rows `stored` [rows, in], their input scales divided out, and their codes [in, rows]."""
     groups = torch.from_numpy(group_index(len(codes), group_size))
     decoded = grid.decode(codes, groups).T.contiguous()
+    metric = (None, None) if factor is None else (factor.damped, factor.damping)
     return _Rows(
         codes=_numpy(codes, np.uint8),
         scales=_numpy(grid.scales, np.float16),
         zeros=_numpy(grid.zeros, np.uint8),
         decoded=decoded,
-        lost=max(_output_energy(stored - decoded, factor), 0.0),
-        energy=_output_energy(stored, factor),
+        lost=output_energy(stored - decoded, *metric),
+        energy=output_energy(stored, *metric),
     )
 
 
@@ -217,16 +218,19 @@ def _solution(
         group_size=spec.groups_of(weight.shape[1]),
         input_scales=None if input_scales is None else input_scales.numpy().astype(np.float16),
     )
-    error = sum(stripe.lost for stripe in stripes) / max(sum(stripe.energy for stripe in stripes), 1e-30)
+    error = relative_error(sum(stripe.lost for stripe in stripes), sum(stripe.energy for stripe in stripes))
     return Solution(layer, decoded if input_scales is None else decoded.mul_(input_scales), error)
 
 
-def _output_energy(weight: Tensor, factor: Factor | None) -> float:
-    """tr(W H Wᵀ) of weight [out, in] with the undamped H (SPEC 5.5); without a factor, H is the identity."""
-    if factor is None:
-        return float(weight.square().sum(dtype=torch.float64))
-    damped = ((weight @ factor.damped) * weight).sum(dtype=torch.float64)
-    return float(damped - (weight.square().sum(0) * factor.damping).sum(dtype=torch.float64))
+def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:
+    """tr(W H Wᵀ) of weight [out, in]; H [in, in] less `damping` [in] on its diagonal, or without one the identity."""
+    energy = float(((weight if hessian is None else weight @ hessian) * weight).sum(dtype=torch.float64))
+    return energy if damping is None else energy - float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
+
+
+def relative_error(lost: float, energy: float) -> float:
+    """SPEC 5.5: the share `lost` of a layer's output energy."""
+    return max(lost, 0.0) / max(energy, 1e-30)
 
 
 def _numpy(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:

@@ -52,7 +52,6 @@ class Journal:
         self.output = output
         self.folder = folder or default_folder(output)
         self.sections = self.folder / SECTIONS
-        self.sample = self.folder
         self.steps: list[Step] = []
         self._identity: Mapping[str, Any] | None = None
         self._n_steps = 0
@@ -87,7 +86,6 @@ class Journal:
             if known is not None and not restart and (steps or any(self.folder.glob(_SAMPLES))):
                 raise self._other_run(_difference(known, identity))
             steps, self._is_new = [], True
-        self.sample = self.folder / f"self.{_check(json.dumps(identity))}.npy"
         self._identity, self._n_steps, self.steps = identity, n_steps, steps
 
     def start(self) -> None:
@@ -97,12 +95,22 @@ class Journal:
         self._clear(keep=self.sample)
         self._is_new = False
         sync_folder(self.folder.parent)
-        _write_durably(self.folder / MANIFEST, json.dumps(self._identity, indent=1).encode())
+        write_durably(self.folder / MANIFEST, json.dumps(self._identity, indent=1).encode())
+
+    @property
+    def sample(self) -> Path:
+        """Where a sample that the model wrote itself is kept: it is this run's alone."""
+        return self.folder / f"self.{_check(json.dumps(self._identity))}.npy"
 
     @property
     def entries(self) -> list[TensorEntry]:
         """The tensors of all finished steps."""
         return [entry for step in self.steps for entry in step.tensors]
+
+    @property
+    def reports(self) -> Iterator[dict[str, Any]]:
+        """What each finished step has to report."""
+        return (step.report for step in self.steps)
 
     @property
     def is_published(self) -> bool:
@@ -210,10 +218,10 @@ def _sha256(file: Any, entry: TensorEntry) -> str:
     return digest.hexdigest()
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
     """All of it under `path`, or nothing."""
     new = path.with_name(f"{path.name}.new")
-    with open(new, "wb") as file:
+    with naming(new), open(new, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -104,6 +104,10 @@ class BlockwiseModel:
         value = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
         return int(value) if value else None
 
+    def window_length(self, seq_len: int) -> int:
+        """`seq_len`, cut to the model's context."""
+        return min(seq_len, self.max_seq_len or seq_len)
+
     # ---- weights in and out of memory
 
     @contextmanager

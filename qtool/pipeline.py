@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from calibration.capture import HessianCapture
 from calibration.errors import CalibrationError
 from calibration.hessian import LayerStats
 from calibration.windows import TokenWindows
@@ -38,7 +37,9 @@ from qtool.provenance import embedded_files, header_members, machine, run_identi
 from qtool.recipe import Recipe, RunOptions
 from qtool.runlog import RunLog, RunReport
 from qtool.sample import draw_sample
-from qtool.states import HiddenStates
+from qtool.states import HiddenStates, advance, calibrate
+
+_OWN_ERRORS = (CheckpointError, QuantizeError, CalibrationError, FormatError)
 
 
 def compress(
@@ -75,18 +76,10 @@ def compress(
                 _Run(job, writer, journal, log).blocks(windows)
                 for name, data in job.files.items():
                     writer.add_file(name, data)
-                quality = _whole_report(journal).quality()
+                quality = RunReport.whole(journal.reports).quality()
                 writer.finish(**header_members(job.model, recipe, windows, job.sources, quality))
-        report = _whole_report(journal)
+        report = RunReport.whole(journal.reports)
     report.seconds = time.perf_counter() - started
-    return report
-
-
-def _whole_report(journal: Journal) -> RunReport:
-    """What all steps of a run together have to report, those of earlier processes included."""
-    report = RunReport()
-    for step in journal.steps:
-        report.add(step.report)
     return report
 
 
@@ -135,7 +128,7 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: 
 def _windows(job: _Job, journal: Journal, warn: Callable[[str], None]) -> TokenWindows | None:
     """The calibration windows, which have to be those that a resumed run was begun with."""
     windows = None
-    if job.recipe.linears.method != "rtn":
+    if job.recipe.n_windows:
         windows = draw_sample(job.model, job.recipe, job.tokenizer, keep_own=journal.sample)
         for line in (*windows.warnings, *windows.notes):
             warn(line)
@@ -156,9 +149,9 @@ def _giving_up(journal: Journal) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, QuantizeError, CalibrationError, FormatError) as error:
+    except _OWN_ERRORS as error:
         cause: BaseException | None = error
-        while isinstance(cause, (CheckpointError, QuantizeError, CalibrationError, FormatError)):
+        while isinstance(cause, _OWN_ERRORS):
             cause = cause.__cause__
         if cause is None:
             journal.give_up()
@@ -181,14 +174,29 @@ class _Run:
         if windows is not None:
             ids = torch.from_numpy(windows.ids)
             states = HiddenStates(self.journal.folder, ids, self.budget.windows_per_batch)
-        done = len(self.journal.steps) - 1
-        if done >= 0 and states is not None and done < len(self.model.blocks):
-            states.check(done, self.journal.steps[-1].report["states"])
         with _giving_up(self.journal):
-            checksum = self._outside(states)
-            if not self.journal.steps:
+            if self.journal.steps:
+                self._resume(states)
+            else:
+                checksum = self._outside(states)
                 self._commit(checksum, calibration_sha256=windows and windows.sha256, machine=machine())
             self._blocks(states)
+
+    def _resume(self, states: HiddenStates | None) -> None:
+        """Make ready for the next block, if one is left: what it reads is there, and how blocks are called is known."""
+        done = len(self.journal.steps) - 1
+        if states is None or done == len(self.model.blocks):
+            return
+        states.check(done, self.journal.steps[-1].report["states"])
+        looked_up = self.model.outside_names(head=False)
+        decoded = {}
+        for name in looked_up:
+            if self.plan[name].spec is not None:
+                with self.model.materialised([name]):
+                    self._section(self.plan[name])
+                    decoded[name] = find_tensor(self.model.skeleton, name)
+        with self.model.materialised(looked_up, instead=decoded):
+            self.model.learn_calls(states.batches)
 
     def _blocks(self, states: HiddenStates | None) -> None:
         count, done = len(self.model.blocks), len(self.journal.steps) - 1
@@ -209,41 +217,28 @@ class _Run:
 
     def _outside(self, states: HiddenStates | None) -> int | None:
         """Write what lies outside the blocks, one tensor in memory at a time, and the first block's inputs, whose
-        checksum is returned. A run that goes on does only what it needs to run its blocks.
+        checksum is returned.
         """
-        is_new = not self.journal.steps
         looked_up = self.model.outside_names(head=False) if states is not None else []
         decoded: dict[str, Tensor] = {}
-        names = self.model.outside_names() if is_new else looked_up
-        for name in sorted(names, key=lambda name: name in looked_up):
-            rounded = self.plan[name].spec is not None
-            if not is_new and not rounded:
-                continue
+        for name in sorted(self.model.outside_names(), key=lambda name: name in looked_up):
             with self.model.materialised([name]):
-                section = self._section(self.plan[name])
-                if is_new:
-                    self._append(self.plan[name], self.plan[name].encoding, section)
-                if name in looked_up and rounded:
+                self._append(self.plan[name], self.plan[name].encoding, self._section(self.plan[name]))
+                if name in looked_up and self.plan[name].spec is not None:
                     # Blocks are calibrated on what will be looked up: the values are now the decoded ones.
                     decoded[name] = find_tensor(self.model.skeleton, name)
             release_free_memory()
         if states is None:
             return None
         with self.model.materialised(looked_up, instead=decoded):
-            if is_new:
-                return states.write(0, map(self.model.embed, states.batches))
-            self.model.learn_calls(states.batches)
-            return None
+            return states.write(0, map(self.model.embed, states.batches))
 
     def _block(self, index: int, states: HiddenStates | None, bar: tqdm[Any]) -> int | None:
         """Calibrate, quantize and write one block; its quantized outputs are the next block's inputs, whose checksum
         is returned.
         """
-        stats: dict[str, LayerStats] = {}
-        if states is not None:
-            capture = HessianCapture(self.model.linears(index))
-            stats = capture.run(lambda x: self.model.run(index, x), states.read(index))
-            release_free_memory()
+        stats = calibrate(self.model, index, states)
+        release_free_memory()
         block = f"{self.model.block_name(index)}."
         tensors = [self.plan[name] for name in self.model.tensor_names(block)]
         groups = _by_input([t for t in tensors if t.spec is not None], stats)
@@ -256,9 +251,7 @@ class _Run:
         for tensor in tensors:
             if tensor.spec is None:
                 self._append(tensor, tensor.encoding, self._section(tensor))
-        if states is None or index + 1 == len(self.model.blocks):
-            return None
-        return states.write(index + 1, (self.model.run(index, x) for x in states.read(index)))
+        return advance(self.model, index, states)
 
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import qtool
 from calibration.windows import TokenWindows
-from formats.loader import GENERATION_CONFIG
+from formats.embedded import GENERATION_CONFIG
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointError
 from qtool.model import BlockwiseModel

@@ -78,6 +78,11 @@ class Recipe:
             raise ConfigError(f"embeddings={self.embeddings}: must be 2 to 8 bits, or 16 to leave them as they are")
 
     @property
+    def n_windows(self) -> int:
+        """Calibration windows that the run looks at: rounding to nearest needs none."""
+        return 0 if self.linears.method == "rtn" else self.calibration.samples
+
+    @property
     def embedding_spec(self) -> QuantSpec | None:
         """Embeddings see no Hessian of their own: rounded to nearest in the same groups, symmetric or not."""
         if self.embeddings == 16:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,17 @@ class RunReport:
     uncalibrated: list[str] = field(default_factory=list)  # layers no token reached, rounded to nearest
     seconds: float = 0.0
 
+    @classmethod
+    def whole(cls, steps: Iterable[dict[str, Any]]) -> RunReport:
+        """What all steps of a run together have to report, those of earlier processes included."""
+        report = cls()
+        for step in steps:
+            report.relative_errors |= step["relative_errors"]
+            report.harder_damped |= step["harder_damped"]
+            report.dropped_tokens |= step["dropped_tokens"]
+            report.uncalibrated += step["uncalibrated"]
+        return report
+
     def quality(self) -> dict[str, Any]:
         """The file's own account of itself."""
         return {
@@ -36,13 +48,6 @@ class RunReport:
             "dropped_tokens": self.dropped_tokens,
             "uncalibrated": self.uncalibrated,
         }
-
-    def add(self, step: dict[str, Any]) -> None:
-        """Take in what one step has to report."""
-        self.relative_errors |= step["relative_errors"]
-        self.harder_damped |= step["harder_damped"]
-        self.dropped_tokens |= step["dropped_tokens"]
-        self.uncalibrated += step["uncalibrated"]
 
 
 class RunLog:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from calibration.corpus import SampleSelf, calibration_windows
 from calibration.windows import TokenWindows
-from qtool.errors import naming
+from qtool.journal import write_durably
 from qtool.model import BlockwiseModel
 from qtool.recipe import Recipe
 
@@ -33,7 +33,7 @@ def draw_sample(
         spec.source,
         lambda text: list(tokenizer(text, verbose=False).input_ids),
         n_samples=spec.samples,
-        seq_len=min(spec.seq_len, model.max_seq_len or spec.seq_len),
+        seq_len=model.window_length(spec.seq_len),
         seed=spec.seed,
         text_field=spec.text_field,
         sample_self=_kept(sample_from(model), keep_own),
@@ -47,12 +47,9 @@ def _kept(sample: SampleSelf, path: Path) -> SampleSelf:
         with suppress(OSError, ValueError, EOFError):  # what is torn is sampled again
             kept: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
             return kept
-        ids, new = sample(n_samples, seq_len, seed), path.with_name(f"{path.name}.new")
-        with naming(new), open(new, "wb") as file:
-            np.save(file, ids)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        ids, data = sample(n_samples, seq_len, seed), io.BytesIO()
+        np.save(data, ids)
+        write_durably(path, data.getvalue())
         return ids
 
     return sample_or_load

@@ -11,10 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from calibration.capture import HessianCapture
+from calibration.hessian import LayerStats
 from qtool.errors import ConfigError, naming
+from qtool.model import BlockwiseModel
 
 STATES_FILES = ("states.0", "states.1")
 TOKENS_PER_BATCH = 1024
@@ -69,6 +73,22 @@ class HiddenStates:
         return self._folder / STATES_FILES[step % 2]
 
 
+def calibrate(model: BlockwiseModel, index: int, states: HiddenStates | None) -> dict[str, LayerStats]:
+    """The statistics of block `index`, which has its weights, by the name of the linear; none without states."""
+    if states is None:
+        return {}
+    capture = HessianCapture(model.linears(index))
+    return capture.run(lambda x: model.run(index, x), states.read(index))
+
+
+def advance(model: BlockwiseModel, index: int, states: HiddenStates | None) -> int | None:
+    """Store the output of block `index` as the next one's input.  -> its checksum; None where nothing reads it"""
+    if states is None or index + 1 == len(model.blocks):
+        return None
+    return states.write(index + 1, (model.run(index, x) for x in states.read(index)))
+
+
 def _fold(checksum: int, batch: Tensor) -> int:
     """A sum of the bits: against lost writes, not against enemies, and far cheaper than any hash."""
-    return (checksum * 1_000_003 + int(batch.view(torch.int32).sum())) % 2**64
+    words = batch.numpy().reshape(-1).view(np.uint64 if batch.numel() % 2 == 0 else np.uint32)
+    return (checksum * 1_000_003 + int(words.sum(dtype=np.uint64))) % 2**64

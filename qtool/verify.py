@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibration.capture import HessianCapture
 from calibration.hessian import LayerStats
 from calibration.hub import KNOWN_DATASETS
-from formats.embedded import load_tokenizer
+from formats.embedded import tokenizer_of
 from formats.encoding import Uniform
 from formats.errors import FormatError
 from formats.header import TensorEntry
@@ -25,13 +24,14 @@ from formats.reader import QtmFile
 from formats.skeleton import set_tensor, split_name
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError
+from qtool.gptq import output_energy, relative_error
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import rounded_section
 from qtool.plan import TensorPlan
 from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
 from qtool.sample import draw_sample
-from qtool.states import HiddenStates, windows_per_batch
+from qtool.states import HiddenStates, advance, calibrate, windows_per_batch
 
 TOLERANCE = 0.02
 """How far an error may be from the recorded one, as a share of it: another machine rounds its sums in another order."""
@@ -83,7 +83,7 @@ def _states(
         raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)") from error
     recipe = replace(Recipe(), calibration=spec)
     # The file's own tokenizer made the sample, or one that gives the same tokens; it needs no code.
-    windows = draw_sample(model, recipe, load_tokenizer(file.label), keep_own=folder / "self.npy")
+    windows = draw_sample(model, recipe, tokenizer_of(file), keep_own=folder / "self.npy")
     if windows.sha256 != file.header.provenance.get("calibration_sha256"):
         raise ConfigError(
             f"{source}: is not the text that {file.label} was calibrated on ({recorded['source']}); "
@@ -130,14 +130,10 @@ class _Verification:
                 self.states.write(0, map(self.model.embed, self.states.batches))
 
     def _block(self, index: int) -> None:
-        stats: dict[str, LayerStats] = {}
-        if self.states is not None:
-            capture = HessianCapture(self.model.linears(index))
-            stats = capture.run(lambda x: self.model.run(index, x), self.states.read(index))
+        stats = calibrate(self.model, index, self.states)
         for name in self.model.tensor_names(f"{self.model.block_name(index)}."):
             set_tensor(self.model.skeleton, name, self._check(name, stats.get(split_name(name)[0])))
-        if self.states is not None and index + 1 < len(self.model.blocks):
-            self.states.write(index + 1, (self.model.run(index, x) for x in self.states.read(index)))
+        advance(self.model, index, self.states)
 
     def _check(self, name: str, stats: LayerStats | None) -> Tensor:
         """Compare the model's tensor with the file's, which is returned."""
@@ -177,7 +173,5 @@ class _Verification:
 def _relative_error(weight: Tensor, decoded: Tensor, stats: LayerStats | None) -> float:
     """tr(D H Dᵀ) / tr(W H Wᵀ) of weights [out, in] (SPEC 5.5), H the identity without statistics."""
 
-    def energy(w: Tensor) -> float:
-        return float(((w if stats is None else w @ stats.hessian) * w).sum(dtype=torch.float64))
-
-    return max(energy(weight - decoded), 0.0) / max(energy(weight), 1e-30)
+    hessian = None if stats is None else stats.hessian
+    return relative_error(output_energy(weight - decoded, hessian), output_energy(weight, hessian))

@@ -47,3 +47,23 @@ class TinyFiles:
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
     silence()
     return TinyFiles(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A place of its own: whatever else lies in it afterwards was left behind."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    return folder / "out.qtm"
+
+
+@pytest.fixture
+def command(tiny_files: TinyFiles, output: Path) -> list[object]:
+    """A compress run of a fraction of a second."""
+    return ["compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options()]
+
+
+@pytest.fixture
+def whole(tiny_files: TinyFiles) -> bytes:
+    """The bytes that `command` gives in one go."""
+    return tiny_files.compressed("llama").read_bytes()

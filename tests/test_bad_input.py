@@ -306,14 +306,6 @@ def test_calibration_text_that_does_not_exist(refuse, tiny_files):
 # ---- the output
 
 
-@pytest.fixture
-def output(tmp_path):
-    """Where the file goes, in a folder of its own."""
-    folder = tmp_path / "outputs"
-    folder.mkdir()
-    return folder / "out.qtm"
-
-
 def test_output_exists(tiny_files, output):
     output.write_bytes(b"precious")
     arguments = ("compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options())

@@ -13,8 +13,9 @@ import torch
 from invoke import refusal, run_qtool
 from transformers import AutoTokenizer
 
+from formats.embedded import load_tokenizer
 from formats.errors import FormatError
-from formats.loader import load, load_tokenizer
+from formats.loader import load
 from formats.reader import QtmFile, verify
 from formats.skeleton import MAX_DERIVED_BYTES, build_skeleton, config_from_dict, without_references
 from formats.writer import Writer
@@ -33,26 +34,24 @@ def llama(tiny_files) -> Path:
     return tiny_files.compressed("llama")
 
 
-def rewrite(source: Path, target: Path, files: dict[str, bytes] | None = None, **config: Any) -> Path:
-    """The file with other embedded files and another config, as a liar would write it: all hashes are right."""
+def forge(source: Path, target: Path, *, files: dict[str, bytes] | None = None, **members: Any) -> Path:
+    """The file with other embedded files and free objects, as a liar would write it: all hashes are right."""
     with QtmFile.open(source) as file, Writer(target) as writer:
         for entry in file.tensors.values():
             writer.add_tensor(entry.name, entry.shape, entry.encoding, file.section(entry))
-        for name, data in ({name: file.read_file(name) for name in file.files} | (files or {})).items():
+        for name, data in ({name: file.read_file(name) for name in file.files} if files is None else files).items():
             writer.add_file(name, data)
-        header = file.header
-        model = dict(header.model) | {"config": header.model["config"] | config}
-        writer.finish(model=model, recipe=header.recipe, provenance=header.provenance, quality=header.quality)
+        known = {name: getattr(file.header, name) for name in ("model", "recipe", "provenance", "quality")}
+        writer.finish(**(known | members))
     return target
 
 
-def with_model(source: Path, target: Path, model: dict[str, Any]) -> Path:
-    """The file with another `model` member."""
-    with QtmFile.open(source) as file, Writer(target) as writer:
-        for entry in file.tensors.values():
-            writer.add_tensor(entry.name, entry.shape, entry.encoding, file.section(entry))
-        writer.finish(model=model, recipe={}, provenance={}, quality={})
-    return target
+def rewrite(source: Path, target: Path, files: dict[str, bytes] | None = None, **config: Any) -> Path:
+    """The file with some embedded files and members of the config changed."""
+    with QtmFile.open(source) as file:
+        known = {name: file.read_file(name) for name in file.files}
+        model = dict(file.header.model) | {"config": file.header.model["config"] | config}
+    return forge(source, target, files=known | (files or {}), model=model)
 
 
 def tokenizer_config(path: Path, **changes: Any) -> dict[str, bytes]:
@@ -121,7 +120,7 @@ def test_the_code_would_run_if_it_were_trusted(llama, tmp_path, monkeypatch):
 
 def test_spec_3_4_1_code_is_not_run_for_a_config_inside_a_config(llama, tmp_path):
     inner = {"model_type": "evil", "auto_map": AUTO_MAP}
-    path = with_model(llama, tmp_path / "a.qtm", {"config": {"model_type": "llava", "text_config": inner}})
+    path = forge(llama, tmp_path / "a.qtm", files={}, model={"config": {"model_type": "llava", "text_config": inner}})
     with pytest.raises(FormatError, match=r"header: model: model_type='llava': .*\(SPEC 3.4.1\)"):
         load(path)
     assert without_references([{"text_config": inner}]) == [{"text_config": {"model_type": "evil"}}]
@@ -200,7 +199,7 @@ def test_spec_3_4_1_a_kernel_on_the_hub_is_not_fetched(llama, tmp_path, key):
     ],
 )
 def test_spec_3_4_1_a_config_that_does_not_fit(llama, tmp_path, model, message):
-    path = with_model(llama, tmp_path / "a.qtm", model)
+    path = forge(llama, tmp_path / "a.qtm", files={}, model=model)
     with pytest.raises(FormatError, match=f"a.qtm: .*{message}"):
         load(path)
 
@@ -268,17 +267,6 @@ def test_spec_6_3_a_generation_config_that_transformers_refuses(llama, tmp_path)
 # ---- the commands that read the free objects
 
 
-def with_free_objects(source: Path, target: Path, **members: Any) -> Path:
-    """The file with other free objects than qtool writes."""
-    with QtmFile.open(source) as file, Writer(target) as writer:
-        for entry in file.tensors.values():
-            writer.add_tensor(entry.name, entry.shape, entry.encoding, file.section(entry))
-        header = file.header
-        known = {"model": header.model, "recipe": header.recipe, "provenance": {}, "quality": header.quality}
-        writer.finish(**(known | members))
-    return target
-
-
 @pytest.mark.parametrize(
     "members",
     [
@@ -291,7 +279,7 @@ def with_free_objects(source: Path, target: Path, **members: Any) -> Path:
     ],
 )
 def test_inspect_of_free_objects_that_are_not_ours(tiny_files, tmp_path, members):
-    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", **members)
+    path = forge(tiny_files.compressed("llama"), tmp_path / "a.qtm", **members)
     message = refusal("inspect", path)
     assert message.startswith("header: recipe or quality are not as qtool writes them: ")
     assert message.endswith("(SPEC 3.4)")
@@ -299,7 +287,7 @@ def test_inspect_of_free_objects_that_are_not_ours(tiny_files, tmp_path, members
 
 
 def test_inspect_prints_nothing_that_drives_a_terminal(tiny_files, tmp_path):
-    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", model={"model_type": "\x1b[2Jllama"})
+    path = forge(tiny_files.compressed("llama"), tmp_path / "a.qtm", model={"model_type": "\x1b[2Jllama"})
     assert "\x1b" not in run_qtool("inspect", path).stdout
 
 
@@ -309,7 +297,7 @@ def test_inspect_prints_nothing_that_drives_a_terminal(tiny_files, tmp_path):
 )
 def test_every_command_refuses_a_config_that_is_none(tiny_files, tmp_path, monkeypatch, model, command):
     monkeypatch.chdir(tmp_path)
-    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", model=model)
+    path = forge(tiny_files.compressed("llama"), tmp_path / "a.qtm", model=model)
     words = [*command[:2], path, *command[2:]] if command[0] == "eval" else [command[0], path, *command[1:]]
     assert "header: model" in refusal(*words)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.qtm"]
@@ -319,6 +307,6 @@ def test_every_command_refuses_a_config_that_is_none(tiny_files, tmp_path, monke
     "calibration", [1, {}, {"source": "builtin", "size": 1}, {"source": "builtin", "samples": "8"}]
 )
 def test_verify_against_a_recipe_that_is_not_ours(tiny_files, tmp_path, calibration):
-    path = with_free_objects(tiny_files.compressed("llama"), tmp_path / "a.qtm", recipe={"calibration": calibration})
+    path = forge(tiny_files.compressed("llama"), tmp_path / "a.qtm", recipe={"calibration": calibration})
     message = refusal("verify", path, "--against", tiny_files.model("llama"))
     assert message.endswith("header: recipe.calibration is not as qtool writes it (SPEC 3.4)")

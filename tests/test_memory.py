@@ -14,11 +14,6 @@ from qtool.errors import ConfigError
 from qtool.memory import parse_size, peak_rss_bytes, rss_bytes
 
 
-@pytest.fixture
-def command(tiny_files, tmp_path):
-    return ["compress", tiny_files.model("llama"), "-o", tmp_path / "out.qtm", *tiny_files.compress_options()]
-
-
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
     [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("800M", 800 * 10**6), ("64k", 64_000), ("1_", None), ("0", None),
@@ -36,14 +31,14 @@ def test_resident_memory_now_and_at_most():
     assert 10_000_000 < rss_bytes() <= peak_rss_bytes()
 
 
-def test_too_little_is_refused_with_the_least_that_is_needed(command, tmp_path):
+def test_too_little_is_refused_with_the_least_that_is_needed(command, output):
     message = refusal(*command, "--max-memory", "100MB")
     found = re.fullmatch(
         r"--max-memory 100\.0 MB: this run needs at least ([0-9.]+) MB: one block and its statistics take that much",
         message,
     )
     assert found
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(output.parent) == []
     assert qtool_json(*command, "--dry-run")["peak_rss_bytes"] <= float(found[1]) * 1e6 + 1e5
     assert refusal(*command, "--max-memory", "100MB", "--dry-run") == message
 
@@ -68,12 +63,12 @@ def test_a_run_that_takes_more_after_all_stops_and_keeps_what_it_has(command, mo
     assert result.exit_code == 0 and "resumes after 1 of 3 blocks" in result.stderr
 
 
-def test_a_text_that_takes_more_than_the_limit_is_refused_before_the_first_block(command, tmp_path, monkeypatch):
+def test_a_text_that_takes_more_than_the_limit_is_refused_before_the_first_block(command, output, monkeypatch):
     monkeypatch.setattr(qtool.budget, "INTERPRETER_BYTES", 0)
     monkeypatch.setattr(qtool.budget, "TOKENIZER_BYTES", 0)
     message = refusal(*command, "--max-memory", "20MB")
     assert re.fullmatch(r"--max-memory 20\.0 MB: .* at least [0-9.]+ [MG]B: the calibration text .*", message)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(output.parent) == []
 
 
 def test_less_memory_makes_smaller_batches(tiny_files, monkeypatch):

@@ -2,70 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from invoke import environment, python, qtool_json, refusal, run_qtool
+from interrupted import interrupt, refusal_of_resumed
+from invoke import environment, refusal, run_qtool
 
 import formats.writer
 import qtool.commands
 import qtool.pipeline
-from formats.reader import verify
 from qtool.states import HiddenStates
 
 N_BLOCKS = 3
 
 
 @pytest.fixture
-def output(tmp_path):
-    """A place of its own: whatever else lies in it afterwards was left behind."""
-    folder = tmp_path / "outputs"
-    folder.mkdir()
-    return folder / "out.qtm"
-
-
-@pytest.fixture
-def command(tiny_files, output):
-    return ["compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options()]
-
-
-@pytest.fixture
-def whole(tiny_files):
-    """The bytes of a run in one go."""
-    return tiny_files.compressed("llama").read_bytes()
-
-
-def stop_after(monkeypatch, n_steps, error):
-    """Let a run finish `n_steps` steps (what lies outside the blocks is the first), then raise `error`."""
-    commit = qtool.journal.Journal.commit
-
-    def stopping(journal, *args):
-        if len(journal.steps) == n_steps:
-            raise error
-        commit(journal, *args)
-
-    monkeypatch.setattr(qtool.journal.Journal, "commit", stopping)
-
-
-def refusal_of_resumed(command):
-    """The line that ends a run which said before that it goes on."""
-    result = run_qtool(*command)
-    assert result.exit_code == 1
-    first, *_, last = result.stderr.splitlines()
-    assert first.startswith("resumes after ")
-    return last.removeprefix("Error: ")
-
-
-def interrupt(monkeypatch, command, n_steps=2):
-    with monkeypatch.context() as patched:
-        stop_after(patched, n_steps, KeyboardInterrupt())
-        return refusal(*command)
+def own_sample(tiny_files, command):
+    """The command that calibrates on what the model itself writes."""
+    return [*command, "--calibration", "self"]
 
 
 # ---- killed at any moment
@@ -189,17 +147,10 @@ def test_every_kind_of_run_goes_on(monkeypatch, tiny_files, output, family, opti
     assert output.read_bytes() == tiny_files.compressed(family, *options).read_bytes()
 
 
-def test_what_the_model_wrote_is_not_written_again(monkeypatch, tiny_files, output):
-    command = [
-        "compress",
-        tiny_files.model("llama"),
-        "-o",
-        output,
-        *tiny_files.compress_options("--calibration", "self"),
-    ]
-    interrupt(monkeypatch, command)
+def test_what_the_model_wrote_is_not_written_again(monkeypatch, tiny_files, output, own_sample):
+    interrupt(monkeypatch, own_sample)
     monkeypatch.setattr(qtool.sample, "_generate", lambda *args: pytest.fail("written again"))
-    assert run_qtool(*command).exit_code == 0
+    assert run_qtool(*own_sample).exit_code == 0
 
 
 # ---- what a journal is not gone on with
@@ -296,18 +247,11 @@ def test_states_that_a_disk_lost_are_not_gone_on_with(monkeypatch, command, outp
     assert output.read_bytes() == whole
 
 
-def test_what_the_model_wrote_and_the_disk_lost_is_written_again(monkeypatch, tiny_files, output):
-    command = [
-        "compress",
-        tiny_files.model("llama"),
-        "-o",
-        output,
-        *tiny_files.compress_options("--calibration", "self"),
-    ]
-    interrupt(monkeypatch, command)
+def test_what_the_model_wrote_and_the_disk_lost_is_written_again(monkeypatch, tiny_files, output, own_sample):
+    interrupt(monkeypatch, own_sample)
     (sample,) = output.with_name(f"{output.name}.work").glob("self.*.npy")
     os.truncate(sample, 100)
-    assert run_qtool(*command).exit_code == 0
+    assert run_qtool(*own_sample).exit_code == 0
     assert output.read_bytes() == tiny_files.compressed("llama", "--calibration", "self").read_bytes()
 
 
@@ -392,173 +336,4 @@ def test_a_second_interrupt_does_not_make_the_message_lie():
             raise first
         finally:
             raise KeyboardInterrupt
-    assert qtool.cli._outlook(caught.value) == "1 of 3 blocks are kept"
-
-
-# ---- the work folder
-
-
-def test_work_dir(monkeypatch, command, output, tmp_path, whole):
-    command += ["--work-dir", tmp_path / "elsewhere"]
-    assert str(tmp_path / "elsewhere") in interrupt(monkeypatch, command)
-    assert os.listdir(output.parent) == []
-    assert run_qtool(*command).exit_code == 0
-    assert output.read_bytes() == whole
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_work_dir_on_another_file_system(command, output, whole):
-    shared_memory = Path("/dev/shm")
-    if not os.access(shared_memory, os.W_OK) or shared_memory.stat().st_dev == output.parent.stat().st_dev:
-        pytest.skip("no second file system here")
-    work = shared_memory / f"qtool-test-{os.getpid()}"
-    assert run_qtool(*command, "--work-dir", work).exit_code == 0
-    assert output.read_bytes() == whole
-    assert os.listdir(output.parent) == [output.name]
-    assert not work.exists()
-
-
-def test_a_folder_with_other_files_is_no_work_folder(command, tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    message = refusal(*command, "--work-dir", tmp_path)
-    assert message.startswith(f"{tmp_path}: has '") and message.endswith("which is no run's; give a new --work-dir")
-    assert (tmp_path / "thesis.tex").exists()
-
-
-def test_force_replaces_only_at_the_end(monkeypatch, command, output, whole):
-    output.write_bytes(b"precious")
-    interrupt(monkeypatch, [*command, "--force"])
-    assert output.read_bytes() == b"precious"
-    kept = refusal(*command)  # without --force, and the journal is kept
-    assert kept == f"{output}: exists already; give another --output or --force"
-    assert run_qtool(*command, "--force").exit_code == 0
-    assert output.read_bytes() == whole
-
-
-@pytest.mark.parametrize("option", ["--work-dir", "--log-file"])
-def test_one_path_for_two_things(command, output, option):
-    assert refusal(*command, option, output) == f"{option} {output}: is the output itself; give another"
-    assert os.listdir(output.parent) == []
-
-
-def test_an_output_with_odd_characters(tiny_files, tmp_path):
-    output = tmp_path / "a{b} %s 'c'.qtm"
-    result = run_qtool("compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options())
-    assert result.exit_code == 0, result.output
-    assert output.read_bytes() == tiny_files.compressed("llama").read_bytes()
-
-
-# ---- two at once
-
-
-def test_a_second_run_is_refused_while_the_first_lives(command, output, tmp_path, whole):
-    code = (
-        "import sys, time; from pathlib import Path; from qtool.lock import locked_output\n"
-        "with locked_output(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
-    )
-    first = subprocess.Popen([sys.executable, "-c", code, output], env=environment(), stdout=subprocess.PIPE)
-    try:
-        assert first.stdout.readline() == b"\n"
-        refused = f"{output}: another qtool (process {first.pid}) is writing it; wait for it, or give another --output"
-        assert refusal(*command) == refused
-        assert refusal(*command, "--work-dir", tmp_path / "elsewhere") == refused
-    finally:
-        first.kill()
-        first.communicate()
-    assert run_qtool(*command).exit_code == 0  # its lock file is still there, its lock is not
-    assert output.read_bytes() == whole
-
-
-def test_a_work_folder_in_use_is_refused(command, tmp_path):
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    with qtool.lock.locked_folder(folder):
-        message = refusal(*command, "--work-dir", folder)
-    assert message == f"{folder}: another qtool is working in it; wait for it, or give another --work-dir"
-
-
-# ---- full disks
-
-
-def refusal_at_limit(command, limit):
-    """The line that a run ends with when the system lets no file grow beyond `limit` bytes."""
-    code = (
-        "import resource; from qtool.cli import main\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "main()"
-    )
-    done = python("-c", code, *command)
-    assert (done.returncode, done.stdout) == (1, "")
-    return done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize(("limit", "kept"), [(20_000, "nothing was left behind"), (48_000, "3 of 3 blocks are kept")])
-def test_a_full_disk_leaves_the_journal_intact(command, output, whole, limit, kept):
-    line = refusal_at_limit(command, limit)
-    assert line.startswith("Error: ") and "File too large" in line and line.endswith("make room and run again")
-    assert kept in line
-    assert not output.exists()
-    assert run_qtool(*command).exit_code == 0
-    assert output.read_bytes() == whole
-
-
-def test_a_full_folder_for_temporary_files(command, output):
-    line = refusal_at_limit(command, 3_000)
-    assert line.startswith("Error: the tokenizer cannot be saved in ") and line.endswith("make room there")
-    assert os.listdir(output.parent) == []
-
-
-def test_too_little_space_is_said_before_the_start(monkeypatch, command, output):
-    usage = type(qtool.budget.shutil.disk_usage("/"))
-    monkeypatch.setattr(qtool.budget.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1_000_000))
-    message = refusal(*command)
-    assert message.startswith(f"{output}.work: the run needs 16.") and "1.0 MB are free; make room" in message
-    assert os.listdir(output.parent) == []
-
-
-# ---- the log
-
-
-def test_log_file_has_a_line_for_every_layer(monkeypatch, command, output, tmp_path):
-    log = tmp_path / "run.jsonl"
-    command += ["--log-file", log]
-    interrupt(monkeypatch, command, n_steps=3)
-    assert run_qtool(*command).exit_code == 0
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    errors = {row["name"]: row["relative_error"] for row in qtool_json("inspect", output)["tensors"]}
-    # The block that was being done is done again; whoever reads the log takes a layer's last line.
-    assert {line["layer"] for line in lines} == {name for name, error in errors.items() if error is not None}
-    for line in lines:
-        assert line["relative_error"] == errors[line["layer"]]
-        assert (line["method"], line["bits"], line["percdamp"], line["tokens"]) == ("gptq", 4, 0.01, 256)
-        assert line["dropped_tokens"] == 0 and line["seconds"] > 0 and line["rss_bytes"] > 10_000_000
-
-
-def test_log_file_that_cannot_be_written(command, output, tmp_path):
-    log = tmp_path / "nowhere" / "run.jsonl"
-    assert refusal(*command, "--log-file", log) == f"{log}: No such file or directory"
-    assert os.listdir(output.parent) == []
-
-
-# ---- numerical trouble
-
-
-def test_a_few_tokens_that_overflow_are_left_out_and_counted(monkeypatch, command, output, tiny_files):
-    read = HiddenStates.read
-
-    def with_one_bad_token(states, step):
-        for index, batch in enumerate(read(states, step)):
-            if (step, index) == (1, 0):
-                batch[0, -1] = float("nan")
-            yield batch
-
-    monkeypatch.setattr(HiddenStates, "read", with_one_bad_token)
-    assert run_qtool(*command, "--samples", 128).exit_code == 0
-    quality = qtool_json("inspect", output)["quality"]
-    # One token where it enters; its window, 64 of 8192 tokens, behind the attention that spreads it.
-    assert quality["dropped_tokens"]["model.layers.1.self_attn.q_proj.weight"] == 1
-    assert quality["dropped_tokens"]["model.layers.1.mlp.down_proj.weight"] == 64
-    assert quality["dropped_tokens"]["model.layers.2.self_attn.q_proj.weight"] == 64
-    shown = run_qtool("inspect", output).stdout
-    assert "model.layers.1.self_attn.q_proj.weight: 1 tokens with NaN or infinity left out" in shown
-    verify(output)
+    assert qtool.cli_group.outlook(caught.value) == "1 of 3 blocks are kept"

@@ -1,16 +1,19 @@
 """Small layers and files for the tests of `formats`."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from formats.encoding import Dense, encoding_of
 from formats.layer import QuantizedLinear
 from formats.section import pack
 from formats.writer import Writer
 
+DENSE = {"f2": Dense("F16"), "u2": Dense("BF16"), "u4": Dense("F32")}
 MEMBERS: dict[str, Any] = {
     "model": {"model_type": "llama", "architecture": "LlamaForCausalLM", "config": {"vocab_size": 3}},
     "recipe": {"bits": 4},
@@ -60,3 +63,16 @@ def write_tiny(path: str | os.PathLike[str]) -> bytes:
         writer.add_file("t.json", b"{}")
         writer.finish(model={}, recipe={}, provenance={}, quality={})
     return Path(path).read_bytes()
+
+
+def write_items(path: str | os.PathLike[str], items: Iterable[QuantizedLinear | npt.NDArray[Any] | bytes]) -> None:
+    """A file of layers, dense arrays (<u2: BF16, <u4: the bits of F32) and embedded files, named by their numbers."""
+    with Writer(path) as writer:
+        for i, item in enumerate(items):
+            if isinstance(item, bytes):
+                writer.add_file(f"{i}", item)
+            elif isinstance(item, QuantizedLinear):
+                writer.add_tensor(f"{i}", item.codes.shape, encoding_of(item), pack(item))
+            else:
+                writer.add_tensor(f"{i}", item.shape, DENSE[item.dtype.str[1:]], item.tobytes())
+        writer.finish(**MEMBERS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from format_samples import MEMBERS, make_layer, same_layer, write_tiny
+from format_samples import MEMBERS, make_layer, same_layer, write_items, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,13 +54,7 @@ layers = st.builds(
 @given(content=st.lists(st.one_of(layers, st.binary(max_size=600)), max_size=5))
 def test_round_trip_of_any_file(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "a.qtm"
-    with Writer(path) as writer:
-        for i, item in enumerate(content):
-            if isinstance(item, bytes):
-                writer.add_file(f"{i}", item)
-            else:
-                writer.add_tensor(f"{i}", item.codes.shape, encoding_of(item), pack(item))
-        writer.finish(**MEMBERS)
+    write_items(path, content)
     verify(path)
     with QtmFile.open(path) as file:
         for i, item in enumerate(content):

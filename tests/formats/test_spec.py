@@ -15,7 +15,7 @@ import independent_reader
 import numpy as np
 import pytest
 from both_readers import assert_same, both_read, claim, header_of, read_with_formats
-from format_samples import MEMBERS, write_tiny
+from format_samples import write_items, write_tiny
 from golden_samples import FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,10 +23,7 @@ from independent_reader import MAX_ENTRY_CHARS, MAX_FREE_CHARS
 from invoke import python
 from test_house import imported_packages
 
-from formats.encoding import Dense, encoding_of
 from formats.layer import QuantizedLinear
-from formats.section import pack
-from formats.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "formats" / "SPEC.md"
@@ -77,22 +74,13 @@ dense_values = st.one_of(
     hnp.arrays("<u2", hnp.array_shapes(min_dims=0)),
     hnp.arrays("<u4", hnp.array_shapes(min_dims=0)),
 )
-DENSE = {"f2": Dense("F16"), "u2": Dense("BF16"), "u4": Dense("F32")}
 
 
 @settings(max_examples=40, deadline=None)
 @given(content=st.lists(st.one_of(any_layers(), dense_values, st.binary(max_size=300)), max_size=4))
 def test_both_readers_agree_on_any_file(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "a.qtm"
-    with Writer(path) as writer:
-        for i, item in enumerate(content):
-            if isinstance(item, bytes):
-                writer.add_file(f"{i}", item)
-            elif isinstance(item, QuantizedLinear):
-                writer.add_tensor(f"{i}", item.codes.shape, encoding_of(item), pack(item))
-            else:
-                writer.add_tensor(f"{i}", item.shape, DENSE[item.dtype.str[1:]], item.tobytes())
-        writer.finish(**MEMBERS)
+    write_items(path, content)
     assert both_read(path.read_bytes())
 
 
