@@ -6,13 +6,15 @@ its own, whose whole peak memory counts, interpreter included.
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.tools import Limits, parser, print_table
-from formats.encoding import align
+from formats.encoding import Uniform, align
 from formats.preamble import MAX_HEADER_BYTES, build_preamble
 from formats.strict_json import MAX_ENTRIES, MAX_ENTRY_CHARS, MAX_FREE_CHARS
 
@@ -97,6 +99,19 @@ def tensors(n: int, last: str = '{"name":"last"}') -> str:
     return "[" + ",".join([*entries(), last]) + "]"
 
 
+def quantized(n: int) -> bytes:
+    """`n` good entries, no two of which have a layout in common, and a bad one."""
+    entries, end = [], 0
+    pairs = ((n_in, group_size) for n_in in itertools.count(1) for group_size in range(1, n_in + 1))
+    for i, (n_in, group_size) in enumerate(itertools.islice(pairs, n)):
+        encoding = Uniform(bits=7, group_size=group_size, symmetric=False, input_scales=True)
+        offset, n_bytes = align(end, 256), encoding.section_bytes((1, n_in))
+        place = {"name": f"{i}", "offset": 256 + offset, "bytes": n_bytes, "sha256": "0" * 64, "shape": [1, n_in]}
+        entries.append(json.dumps(place | encoding.fields(), separators=(",", ":")))
+        end = offset + n_bytes
+    return with_members(bytes(end), tensors=f"[{','.join(entries)},{{}}]")
+
+
 def everywhere(value: str) -> dict[str, str]:
     """The same value in all four free objects, and a fault behind them."""
     return {name: f'{{"x":{value}}}' for name in FREE} | {"files": "[0]"}
@@ -130,7 +145,8 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "as many good tensors as there may be, the last bad": lambda: with_members(
         bytes(256 * MAX_ENTRIES), tensors=tensors(MAX_ENTRIES - 1)
     ),
-    "the same, and lists to depth 63": lambda: with_members(
+    "as many quantized ones, none like another, the last bad": lambda: quantized(MAX_ENTRIES - 1),
+    "good tensors, and lists to depth 63": lambda: with_members(
         bytes(256 * MAX_ENTRIES), tensors=tensors(MAX_ENTRIES - 2), **everywhere(filled(deep(61), QUARTER))
     ),
     "one tensor more than there may be": lambda: with_members(bytes(256 * MAX_ENTRIES), tensors=tensors(MAX_ENTRIES)),

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from benchmarks.tools import Limits, parser, print_table, qtool
-from formats.encoding import Uniform, encoding_of
-from formats.kernels.cpu import decode_uniform, unpack_zeros
+from formats.encoding import MatrixEncoding, encoding_of
 from formats.layer import QuantizedLinear
-from formats.loader import section_parts
+from formats.loader import QuantLinear, section_parts
 from formats.reader import QtmFile, verify
 from formats.section import pack
 from formats.writer import Writer
@@ -58,15 +57,14 @@ def decode_rows(path: Path, limits: Limits) -> list[tuple[str, str, str, str]]:
     rows, seen = [], set()
     with QtmFile.open(path) as file:
         for entry in file.tensors.values():
-            if not isinstance(entry.encoding, Uniform) or entry.shape in seen or "layers" not in entry.name:
+            if not isinstance(entry.encoding, MatrixEncoding) or entry.shape in seen or "layers" not in entry.name:
                 continue
             seen.add(entry.shape)
-            parts, n, encoding = section_parts(file, entry), entry.shape[1], entry.encoding
-            zeros = unpack_zeros(parts, encoding)  # once, when a model is loaded
-            weight = decode_uniform(parts, zeros, n, encoding)
+            decoder = QuantLinear(section_parts(file, entry), entry.shape, entry.encoding, None)
+            weight = decoder.rows(slice(None))
             target = torch.empty_like(weight)
             decode, copy = paired_medians(
-                lambda p=parts, z=zeros, n=n, e=encoding: decode_uniform(p, z, n, e),
+                lambda d=decoder: d.rows(slice(None)),
                 lambda t=target, w=weight: t.copy_(w),
             )
             name, ratio = f"decode {'x'.join(map(str, entry.shape))} / copy it", decode / copy

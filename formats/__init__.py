@@ -3,9 +3,11 @@
 Import the module you need; nothing here imports torch or does work at import.
 
     errors     FormatError, the one exception of the package
-    layer      QuantizedLinear and `decode`: what a code means
+    layer      QuantizedLinear, CodebookLinear, ...: the numbers of a section, and the weight they stand for
     bitpack    codes <-> bit planes
-    encoding   a tensor <-> the bytes of its section
+    trellis    the tables of trellis-coded quantization
+    encoding   what a section is made of; a file an encoding
+    section    a layer <-> the bytes of its section
     preamble   the first 64 bytes
     header     the JSON table of what is in the file
     writer     Writer

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from formats.encoding import WORD_BITS, plane_widths, row_words
+from formats.encoding.planes import WORD_BITS, plane_widths, row_words
 from formats.errors import FormatError
 
 U8: TypeAlias = npt.NDArray[np.uint8]

@@ -1,6 +1,5 @@
 """The header (SPEC 3 to 6): the table of everything in the file, strictly parsed and canonically written."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -10,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from formats.encoding import ENCODINGS, Dense, Encoding, Shape, Uniform, align, encoding_from_fields
+from formats.encoding import Encoding, Shape, Version, align, encoding_from_fields, field_names
 from formats.errors import FormatError, error_context
-from formats.preamble import PREAMBLE_BYTES
+from formats.preamble import OLDEST_VERSION, PREAMBLE_BYTES
 from formats.strict_json import JsonCursor, as_integer, as_list, as_object, as_text, brief
 
 SECTION_ALIGNMENT = 256
@@ -25,10 +24,7 @@ _FREE_MEMBERS = ("model", "recipe", "provenance", "quality")
 _HEADER_MEMBERS = frozenset({"tensors", "files", *_FREE_MEMBERS})
 _SECTION_FIELDS = frozenset({"name", "offset", "bytes", "sha256"})
 _TENSOR_REQUIRED = _SECTION_FIELDS | {"shape", "encoding"}
-_TENSOR_FIELDS = {
-    name: _TENSOR_REQUIRED | {"relative_error", "transposed", *(field.name for field in dataclasses.fields(kind))}
-    for name, kind in ENCODINGS.items()
-}
+_TENSOR_FIELDS = _TENSOR_REQUIRED | {"relative_error", "transposed"}
 # Control characters could drive a terminal that prints the name; a lone surrogate is not text.
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +53,7 @@ class TensorEntry(NamedTuple):
 
     name: str
     shape: Shape
-    encoding: Dense | Uniform
+    encoding: Encoding
     offset_bytes: int
     n_bytes: int
     sha256: str
@@ -90,6 +86,11 @@ class Header:
     recipe: Mapping[str, Any]
     provenance: Mapping[str, Any]
     quality: Mapping[str, Any]
+
+    @property
+    def version(self) -> Version:
+        """The lowest that has all that the file uses (SPEC 2.3.2)."""
+        return max([OLDEST_VERSION, *(entry.encoding.version for entry in self.tensors)])
 
     def sections(self) -> list[Section]:
         """Every section in the order of the file; an empty file comes before what starts where it lies."""
@@ -195,7 +196,7 @@ def tensor_entry(value: Any) -> TensorEntry:
 
 def _tensor_entry(name: str, entry: Mapping[str, Any]) -> TensorEntry:
     encoding = encoding_from_fields(entry)
-    _check_members(entry, _TENSOR_REQUIRED, _TENSOR_FIELDS[encoding.name])
+    _check_members(entry, _TENSOR_REQUIRED, _TENSOR_FIELDS | field_names(type(encoding)))
     shape = tuple(as_list("shape", entry["shape"]))
     for size in shape:
         as_integer("shape", size)

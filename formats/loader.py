@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from formats.embedded import GENERATION_CONFIG, generation_config, model_config, refused
-from formats.encoding import Dense, Uniform
+from formats.encoding import INPUT_SCALES, Arrays, MatrixEncoding
 from formats.errors import FormatError, error_context
 from formats.header import TensorEntry
-from formats.kernels.cpu import decode_uniform, unpack_zeros
+from formats.kernels.cpu import Rows, as_tensors
 from formats.reader import QtmFile, verify_file
-from formats.section import check_scales, part_arrays
+from formats.section import part_arrays
 from formats.skeleton import build_skeleton, is_linear, parameter_names, set_tensor, split_name
 
 MAX_DECODED_ELEMENTS = 1 << 20
@@ -50,25 +49,20 @@ def load(path: str | os.PathLike[str], *, check: bool = True) -> PreTrainedModel
 
 def decode_tensor(file: QtmFile, entry: TensorEntry) -> Tensor:
     """The values [shape] f32 of a stored tensor, in the model's own orientation; a copy."""
-    if isinstance(entry.encoding, Uniform):
-        parts = section_parts(file, entry)
-        weight = decode_uniform(parts, unpack_zeros(parts, entry.encoding), entry.shape[1], entry.encoding)
-        if entry.encoding.input_scales:
-            weight *= parts["input_scales"].float()
-    else:
-        weight = torch.from_numpy(file.dense(entry.name))
-    return weight.T.contiguous() if entry.transposed else weight
+    values = entry.encoding.decode(_checked_arrays(file, entry), entry.shape)
+    return values.T.contiguous() if entry.transposed else values
 
 
 def section_parts(file: QtmFile, entry: TensorEntry) -> dict[str, Tensor]:
-    """The parts of a `uniform` section by name as tensors over the mapped file: nothing is copied."""
+    """The parts of a section by name as tensors over the mapped file: nothing is copied."""
+    return as_tensors(_checked_arrays(file, entry))
+
+
+def _checked_arrays(file: QtmFile, entry: TensorEntry) -> Arrays:
     arrays = part_arrays(file.section(entry), entry.shape, entry.encoding)
     with error_context(f"{file.label}: {entry.label}"):
-        check_scales(arrays)
-    with warnings.catch_warnings():
-        # The mapping is read-only, which torch cannot express; nothing here writes to it.
-        warnings.simplefilter("ignore", UserWarning)
-        return {n: torch.from_numpy(a.view("<i4") if a.dtype == "<u4" else a) for n, a in arrays.items()}
+        entry.encoding.check_values(arrays, entry.shape)
+    return arrays
 
 
 class QuantLinear(nn.Module):
@@ -77,26 +71,23 @@ class QuantLinear(nn.Module):
     input_scales: Tensor | None
 
     def __init__(
-        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], encoding: Uniform, bias: Tensor | None
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], encoding: MatrixEncoding, bias: Tensor | None
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.encoding = encoding
-        self._register_parts(parts)
+        held = encoding.hold(parts, shape)
+        self._buffer_names = {name: name.replace(".", "_") for name in held}  # a buffer's name has no dot
+        for name, tensor in held.items():
+            self.register_buffer(self._buffer_names[name], tensor, persistent=False)
+        if INPUT_SCALES not in held:
+            self.register_buffer(INPUT_SCALES, None, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def _register_parts(self, parts: Mapping[str, Tensor]) -> None:
-        by_row = {name: part for name, part in parts.items() if name.startswith(("codes", "scales"))}
-        by_row["zeros"] = unpack_zeros(parts, self.encoding)  # their packing has no rows to take a stripe of
-        self._part_names = {name: name.replace(".", "_") for name in by_row}  # a buffer's name has no dot
-        for name, part in by_row.items():
-            self.register_buffer(self._part_names[name], part, persistent=False)
-        self.register_buffer("input_scales", parts.get("input_scales"), persistent=False)
-
-    def rows(self, index: slice | Tensor) -> Tensor:
+    def rows(self, index: Rows) -> Tensor:
         """The decoded rows [n, in] f32 of the weight, input scales not applied."""
-        parts = {name: getattr(self, buffer)[index] for name, buffer in self._part_names.items()}
-        return decode_uniform(parts, parts["zeros"], self.in_features, self.encoding)
+        held = {name: getattr(self, buffer) for name, buffer in self._buffer_names.items()}
+        return self.encoding.rows(held, index, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scales is not None:
@@ -123,7 +114,10 @@ class QuantEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         unique, inverse = torch.unique(ids, return_inverse=True)
-        return self.packed.rows(unique)[inverse]
+        rows = self.packed.rows(unique)
+        if self.packed.input_scales is not None:
+            rows *= self.packed.input_scales.float()
+        return rows[inverse]
 
 
 def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear) -> None:
@@ -149,7 +143,7 @@ def _install(model: PreTrainedModel, name: str, entry: TensorEntry, file: QtmFil
     if tuple(expected) != (entry.shape[::-1] if entry.transposed else entry.shape):
         want = list(expected)
         raise FormatError(f"{file.label}: {entry.label}: the model's config implies shape {want} (SPEC 3.4.1)")
-    if isinstance(entry.encoding, Dense) or leaf != "weight":
+    if not isinstance(entry.encoding, MatrixEncoding) or leaf != "weight":
         set_tensor(model, name, decode_tensor(file, entry))
     elif is_linear(module):
         bias = cast(Any, module).bias

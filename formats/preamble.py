@@ -4,11 +4,13 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from formats.encoding import Data
+from formats.encoding import Data, Version
 from formats.errors import FormatError, error_context
 
 MAGIC = b"\x89QTM\r\n\x1a\n"
-VERSION = (1, 0)
+VERSION = (1, 1)
+"""Of this reader; a file has the lowest that it needs (SPEC 2.3.2)."""
+OLDEST_VERSION = (1, 0)
 PREAMBLE_BYTES = 64
 MAX_HEADER_BYTES = 16 * 2**20
 
@@ -20,17 +22,17 @@ _DIGEST_BYTES = 32
 class Preamble:
     """Version of the format, place of the header, and SHA-256 over the first 32 bytes and the header."""
 
-    version: tuple[int, int]
+    version: Version
     offset_bytes: int
     n_bytes: int
     digest: bytes
 
 
-def build_preamble(header_offset: int, header: bytes) -> bytes:
-    """The 64 bytes for a file of this version whose header stands at `header_offset`."""
+def build_preamble(header_offset: int, header: bytes, version: Version = OLDEST_VERSION) -> bytes:
+    """The 64 bytes for a file of `version` whose header stands at `header_offset`."""
     if len(header) > MAX_HEADER_BYTES:
         raise FormatError(f"header: {len(header)} bytes: at most {MAX_HEADER_BYTES} (SPEC 2.5)")
-    fixed = _FIXED.pack(MAGIC, *VERSION, bytes(4), header_offset, len(header))
+    fixed = _FIXED.pack(MAGIC, *version, bytes(4), header_offset, len(header))
     return fixed + hashlib.sha256(fixed + header).digest()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from formats.encoding import Dense, Uniform, align
+from formats.encoding import Dense, MatrixEncoding, align
 from formats.errors import FormatError, error_context
 from formats.header import SECTION_ALIGNMENT, FileEntry, Header, Section, TensorEntry, parse_header
 from formats.preamble import PREAMBLE_BYTES, VERSION, read_header_bytes, read_preamble
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from formats.layer import QuantizedLinear
+    from formats.layer import Layer
 
 _PIECE_BYTES = 2**24  # hashed at a time, by each thread
 _MAX_THREADS = 4
@@ -82,13 +82,13 @@ class QtmFile:
             self._checked.add(entry.label)
         return self._view[entry.offset_bytes : entry.offset_bytes + entry.n_bytes]
 
-    def layer(self, name: str) -> QuantizedLinear:
-        """A `uniform` tensor as a layer; its arrays are copies."""
+    def layer(self, name: str) -> Layer:
+        """A quantized tensor as a layer; its arrays are copies."""
         from formats.section import unpack  # here, so that to list a file does not import numpy
 
         entry = self._tensor(name)
-        if not isinstance(entry.encoding, Uniform):
-            raise FormatError(f"{self.label}: {entry.label} is {entry.encoding.name}, not uniform")
+        if not isinstance(entry.encoding, MatrixEncoding):
+            raise FormatError(f"{self.label}: {entry.label} is {entry.encoding.name}, not a quantized matrix")
         section = self.section(entry)
         with error_context(f"{self.label}: {entry.label}"):
             return unpack(section, entry.shape, entry.encoding)

@@ -153,7 +153,7 @@ def as_list(label: str, value: Any) -> list[Any]:
 def as_integer(label: str, value: Any) -> int:
     """`value` as an integer of 0 to 2**63 - 1; `true` and 4.0 are not integers."""
     if type(value) is not int or not 0 <= value < 2**63:
-        raise FormatError(f"{label} is {brief(value)}: must be an integer, not negative (SPEC 3.3)")
+        raise FormatError(f"{label} is {brief(value)}: must be an integer from 0 to 2**63 - 1 (SPEC 3.3)")
     return value
 
 

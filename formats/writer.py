@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from formats.encoding import Dense, Shape, Uniform, align
+from formats.encoding import Encoding, Shape, align
 from formats.errors import FormatError, error_context
 from formats.header import (
     SECTION_ALIGNMENT,
@@ -89,7 +89,7 @@ class Writer:
         self,
         name: str,
         shape: Shape,
-        encoding: Dense | Uniform,
+        encoding: Encoding,
         data: BytesLike | Iterable[BytesLike],
         *,
         transposed: bool = False,
@@ -156,7 +156,7 @@ class Writer:
         )
         data = serialise_header(header)
         header = parse_header(data, offset)  # what a reader would refuse is never given the final name
-        preamble = build_preamble(offset, data)
+        preamble = build_preamble(offset, data, header.version)
         self._seek_to_end(file)
         file.write(data)
         file.truncate()

@@ -1,7 +1,8 @@
 """A second reader of `.qtm` files, written from formats/SPEC.md alone: numpy, the standard library, no `formats`.
 
 It is obvious and slow, holds the whole file in memory and always verifies everything (SPEC 9.3). What it refuses,
-it refuses with the paragraph that the file breaks.
+it refuses with the paragraph that the file breaks. Chapter 7 is in `independent_encodings` and
+`independent_values`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import struct
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from independent_encodings import ENCODINGS, Refused, align, check_encoding, must, placed
+from independent_values import decode
 
-VERSION = (1, 0)
+VERSION = (1, 1)
 MAGIC = b"\x89QTM\r\n\x1a\n"
 MAX_HEADER_BYTES = 16777216
 MAX_DEPTH = 64
@@ -30,15 +33,6 @@ HEADER = {"tensors": list, "files": list, "model": dict, "recipe": dict, "proven
 SECTION = {"name": str, "offset": int, "bytes": int, "sha256": str}
 TENSOR = {**SECTION, "shape": list, "encoding": str}
 TENSOR_OPTIONAL = {"relative_error": (int, float), "transposed": bool}
-ENCODINGS = {
-    "dense": ({"dtype": str}, {}),
-    "uniform": ({"bits": int, "group_size": int, "symmetric": bool}, {"input_scales": bool}),
-}
-DENSE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-
-
-class Refused(Exception):
-    """The file breaks the paragraph that the message names."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +41,6 @@ class Contents:
     header: dict[str, Any]
     tensors: dict[str, np.ndarray]  # float32, as stored: [out, in] also where `transposed` is true
     files: dict[str, bytes]
-
-
-class Part(NamedTuple):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def must(condition: bool, paragraph: str, broken: str) -> None:
-    if not condition:
-        raise Refused(f"{broken} (SPEC {paragraph})")
-
-
-def align(x: int, a: int) -> int:
-    return -(-x // a) * a
 
 
 def read(path: Path) -> Contents:
@@ -250,15 +225,6 @@ def check_tensor(entry: Any) -> None:
     must(entry["bytes"] == end, "5.4", f"{name!r}: {entry['bytes']} bytes, its parts take {end}")
 
 
-def check_encoding(entry: dict[str, Any]) -> None:
-    if entry["encoding"] == "dense":
-        must(entry["dtype"] in DENSE_BYTES, "7.2", f"dtype is {entry['dtype']!r}")
-        return
-    must(len(entry["shape"]) == 2, "7.3", f"uniform, with shape {entry['shape']}")
-    must(2 <= entry["bits"] <= 8, "7.3", f"bits is {entry['bits']}")
-    must(1 <= entry["group_size"] <= entry["shape"][1], "7.3", f"group_size is {entry['group_size']}")
-
-
 def check_file_name(name: str) -> None:
     plain = name not in ("", ".", "..") and not set(name) & set("/\\:") and not has_controls(name)
     must(plain and len(name.encode()) <= 255, "6.2", f"file name {name!r}")
@@ -266,89 +232,3 @@ def check_file_name(name: str) -> None:
 
 def has_controls(name: str) -> bool:
     return any(ord(char) <= 0x1F or 0x7F <= ord(char) <= 0x9F for char in name)
-
-
-# SPEC 7
-
-
-def widths(bits: int) -> list[int]:
-    """SPEC 7.4.1: 7 -> [4, 2, 1]."""
-    return [width for width in (8, 4, 2, 1) if bits & width]
-
-
-def parts(entry: dict[str, Any]) -> list[Part]:
-    if entry["encoding"] == "dense":
-        return [Part("values", f"V{DENSE_BYTES[entry['dtype']]}", tuple(entry["shape"]))]
-    (n_out, n_in), planes = entry["shape"], widths(entry["bits"])
-    n_groups = -(-n_in // entry["group_size"])
-    found = [Part("codes", "<u4", (n_out, -(-n_in * width // 32))) for width in planes]
-    found.append(Part("scales", "<f2", (n_out, n_groups)))
-    if not entry["symmetric"]:
-        found += [Part("zeros", "<u4", (1, -(-n_out * n_groups * width // 32))) for width in planes]
-    if entry.get("input_scales", False):
-        found.append(Part("input_scales", "<f2", (n_in,)))
-    return found
-
-
-def placed(entry: dict[str, Any]) -> list[tuple[int, Part]]:
-    """SPEC 7.1: every part with its first byte in the section."""
-    found, end = [], 0
-    for part in parts(entry):
-        start = align(end, 64)
-        found.append((start, part))
-        end = start + part.n_bytes
-    return found
-
-
-def decode(entry: dict[str, Any], raw: bytes) -> np.ndarray:
-    """The weights as float32, in the stored orientation."""
-    arrays: dict[str, list[np.ndarray]] = {"codes": [], "zeros": []}
-    end = 0
-    for start, part in placed(entry):
-        must(not any(raw[end:start]), "4.3", f"{entry['name']!r}: padding before {part.name} is not zero")
-        end = start + part.n_bytes
-        array = np.frombuffer(raw[start:end], dtype=part.dtype).reshape(part.shape)
-        arrays.setdefault(part.name, []).append(array)
-    if entry["encoding"] == "dense":
-        return decode_dense(entry["dtype"], arrays["values"][0])
-    return decode_uniform(entry, arrays)
-
-
-def decode_dense(dtype: str, values: np.ndarray) -> np.ndarray:
-    if dtype == "F32":
-        return values.view("<f4")
-    if dtype == "F16":
-        return values.view("<f2").astype(np.float32)
-    return np.asarray(values.view("<u2").astype(np.uint32) << 16).view(np.float32)  # a shifted scalar is no array
-
-
-def decode_uniform(entry: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> np.ndarray:
-    n_in, bits, name = entry["shape"][1], entry["bits"], entry["name"]
-    group = np.arange(n_in) // entry["group_size"]  # of each input
-    scales = arrays["scales"][0]  # [out, G]
-    must(bool(np.isfinite(scales).all()), "7.6", f"{name!r}: a scale is not finite")
-    zeros = np.full(scales.shape, 2 ** (bits - 1))
-    if not entry["symmetric"]:
-        zeros = unpack(arrays["zeros"], scales.size, bits, name).reshape(scales.shape)
-    difference = unpack(arrays["codes"], n_in, bits, name) - zeros[:, group]
-    weights = scales.astype(np.float32)[:, group] * difference.astype(np.float32)
-    if not entry.get("input_scales", False):
-        return weights
-    input_scales = arrays["input_scales"][0].astype(np.float32)
-    sound = np.isfinite(input_scales) & (input_scales > 0)
-    must(bool(sound.all()), "7.6", f"{name!r}: an input scale is not finite and above zero")
-    return weights * input_scales
-
-
-def unpack(planes: list[np.ndarray], n: int, bits: int, name: str) -> np.ndarray:
-    """SPEC 7.4: integers [rows, n] out of planes [rows, words]."""
-    integers = np.zeros((len(planes[0]), n), dtype=np.int64)
-    k, shift = np.arange(n), 0
-    for width, plane in zip(widths(bits), planes, strict=True):
-        words, per = plane.astype(np.int64), 32 // width
-        fields = (words[:, k // per] >> (width * (k % per))) & (2**width - 1)
-        integers |= fields << shift
-        shift += width
-        behind = words[:, -1] >> (width * ((n - 1) % per + 1))
-        must(not behind.any(), "7.4.4", f"{name!r}: bits behind the last field of a row are not zero")
-    return integers

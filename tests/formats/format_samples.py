@@ -1,5 +1,6 @@
 """Small layers and files for the tests of `formats`."""
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from formats.encoding import Dense, encoding_of
-from formats.layer import QuantizedLinear
+from formats.layer import Layer, QuantizedLinear
 from formats.section import pack
 from formats.writer import Writer
 
@@ -20,6 +21,7 @@ MEMBERS: dict[str, Any] = {
     "provenance": {"tool": "qtool 0.1.0"},
     "quality": {"perplexity": 5.25},
 }
+NO_MEMBERS: dict[str, dict[str, object]] = {"model": {}, "recipe": {}, "provenance": {}, "quality": {}}
 
 
 def make_layer(
@@ -44,14 +46,14 @@ def make_layer(
     )
 
 
-def same_layer(a: QuantizedLinear, b: QuantizedLinear) -> bool:
-    """Bit for bit: the sign of a zero scale counts."""
-    zeros = (a.zeros is None and b.zeros is None) or (
-        a.zeros is not None and b.zeros is not None and np.array_equal(a.zeros, b.zeros)
-    )
-    arrays = np.array_equal(a.codes, b.codes) and a.scales.tobytes() == b.scales.tobytes()
-    scaled = (a.input_scales is None and b.input_scales is None) or np.array_equal(a.input_scales, b.input_scales)
-    return arrays and zeros and scaled and (a.bits, a.group_size) == (b.bits, b.group_size)
+def same_layer(a: Any, b: Any) -> bool:
+    """Whether two layers, or parts of them, are the same bit for bit: the sign of a zero scale counts."""
+    if dataclasses.is_dataclass(a):
+        names = [field.name for field in dataclasses.fields(a)]
+        return type(a) is type(b) and all(same_layer(getattr(a, name), getattr(b, name)) for name in names)
+    if isinstance(a, np.ndarray):
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    return bool(a == b)
 
 
 def write_tiny(path: str | os.PathLike[str]) -> bytes:
@@ -65,14 +67,22 @@ def write_tiny(path: str | os.PathLike[str]) -> bytes:
     return Path(path).read_bytes()
 
 
-def write_items(path: str | os.PathLike[str], items: Iterable[QuantizedLinear | npt.NDArray[Any] | bytes]) -> None:
+def write_items(path: str | os.PathLike[str], items: Iterable[Layer | npt.NDArray[Any] | bytes]) -> None:
     """A file of layers, dense arrays (<u2: BF16, <u4: the bits of F32) and embedded files, named by their numbers."""
     with Writer(path) as writer:
         for i, item in enumerate(items):
             if isinstance(item, bytes):
                 writer.add_file(f"{i}", item)
-            elif isinstance(item, QuantizedLinear):
-                writer.add_tensor(f"{i}", item.codes.shape, encoding_of(item), pack(item))
+            elif isinstance(item, Layer):
+                writer.add_tensor(f"{i}", item.shape, encoding_of(item), pack(item))
             else:
                 writer.add_tensor(f"{i}", item.shape, DENSE[item.dtype.str[1:]], item.tobytes())
         writer.finish(**MEMBERS)
+
+
+def add_layer(writer: Writer, name: str, layer: Layer, **options: object) -> None:
+    writer.add_tensor(name, layer.shape, encoding_of(layer), pack(layer), **options)
+
+
+def f16(bits: list[int]) -> npt.NDArray[np.float16]:
+    return np.array(bits, np.uint16).view(np.float16)

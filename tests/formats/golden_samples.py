@@ -4,16 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from format_samples import MEMBERS, make_layer
+from format_samples import MEMBERS, NO_MEMBERS, add_layer, f16, make_layer
+from golden_samples_1_1 import CONTENTS as SECOND
 
-from formats.encoding import Dense, encoding_of
+from formats.encoding import Dense
 from formats.layer import QuantizedLinear
-from formats.section import pack
 from formats.writer import Writer
 
 FOLDER = Path(__file__).with_name("golden")
-NO_MEMBERS: dict[str, dict[str, object]] = {"model": {}, "recipe": {}, "provenance": {}, "quality": {}}
 
 # -0, the smallest and largest subnormal, the smallest normal and largest finite number, infinities, a quiet NaN with
 # a payload; F32 and BF16, whose bits a reader keeps, also a signalling one.
@@ -30,10 +28,6 @@ def write_golden(name: str, path: Path) -> bytes:
     with Writer(path) as writer:
         CONTENTS[name](writer)
     return path.read_bytes()
-
-
-def add_layer(writer: Writer, name: str, layer: QuantizedLinear, **options: object) -> None:
-    writer.add_tensor(name, layer.codes.shape, encoding_of(layer), pack(layer), **options)
 
 
 def everything(writer: Writer) -> None:
@@ -114,11 +108,7 @@ def uniform_values(writer: Writer) -> None:
     writer.finish(**NO_MEMBERS)
 
 
-def f16(bits: list[int]) -> npt.NDArray[np.float16]:
-    return np.array(bits, np.uint16).view(np.float16)
-
-
-CONTENTS: dict[str, Callable[[Writer], None]] = {
+FIRST: dict[str, Callable[[Writer], None]] = {
     "v1": everything,
     "empty": nothing,
     "dense": dense,
@@ -127,3 +117,4 @@ CONTENTS: dict[str, Callable[[Writer], None]] = {
     "uniform_groups": uniform_groups,
     "uniform_values": uniform_values,
 }
+CONTENTS = FIRST | SECOND

@@ -38,7 +38,10 @@ def test_fields_are_read_back(encoding):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"encoding": "codebook"}, "unknown encoding 'codebook'; this reader knows dense, uniform"),
+        (
+            {"encoding": "ternary"},
+            "unknown encoding 'ternary'; this reader knows codebook, dense, int8_rows, trellis, uniform",
+        ),
         ({"encoding": []}, r"unknown encoding \[\]"),
         ({}, "unknown encoding None"),
         ({"encoding": "dense"}, "dtype=None: must be str"),

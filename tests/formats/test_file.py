@@ -220,7 +220,7 @@ def test_asking_for_what_is_not_there(tmp_path):
         for call, message in [
             (lambda: file.layer("v"), "no tensor 'v'"),
             (lambda: file.read_file("v"), "no file 'v'"),
-            (lambda: file.layer("norm"), "tensor 'norm' is dense, not uniform"),
+            (lambda: file.layer("norm"), "tensor 'norm' is dense, not a quantized matrix"),
             (lambda: file.dense("w"), "tensor 'w' is uniform, not dense"),
         ]:
             with pytest.raises(FormatError, match=message):

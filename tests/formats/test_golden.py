@@ -1,4 +1,4 @@
-"""Golden files: the bytes of version 1.0, for ever (SPEC 2.3.5)."""
+"""Golden files: the bytes of every version, for ever (SPEC 2.3.5)."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,11 @@ from both_readers import assert_same, read_with_formats
 from format_samples import MEMBERS, make_layer, same_layer
 from golden_samples import BF16_BITS, CONTENTS, F16_BITS, F32_BITS, FOLDER, write_golden
 
-from formats.encoding import ENCODINGS, MAX_BITS, MIN_BITS, Uniform
+from formats.encoding import ENCODINGS, MAX_BITS, MIN_BITS, Codebook, Int8Rows, Trellis, Uniform
 from formats.loader import decode_tensor
 from formats.reader import QtmFile, verify
 
-MAX_BYTES = 9000
+MAX_BYTES = 18000
 V1 = FOLDER / "v1.qtm"
 
 
@@ -78,6 +78,28 @@ def test_every_encoding_and_option_is_in_some_golden_file():
         for bits in range(MIN_BITS, MAX_BITS + 1)
         for symmetric in (False, True)
         for scaled in (False, True)
+    }
+    assert {(e.stat_bits, e.symmetric) for e in uniform} == {
+        (bits, symmetric) for bits in (0, *range(MIN_BITS, MAX_BITS + 1)) for symmetric in (False, True)
+    }
+    codebook = [entry.encoding for entry in entries if isinstance(entry.encoding, Codebook)]
+    assert {(e.levels, e.bits) for e in codebook} == {("nf4", 4), ("fp4", 4)} | {
+        ("fitted", bits) for bits in range(MIN_BITS, MAX_BITS + 1)
+    }
+    assert {(e.levels, e.stat_bits > 0, e.double_quant) for e in codebook} == {
+        (levels, two_level, double)
+        for levels in ("nf4", "fp4", "fitted")
+        for two_level, double in ((False, False), (True, False), (False, True))
+    }
+    trellis = [entry.encoding for entry in entries if isinstance(entry.encoding, Trellis)]
+    assert {e.bits for e in trellis} == set(range(1, 7)) and {e.memory for e in trellis} == set(range(2, 10))
+    for grouped in (uniform, codebook):
+        assert {(e.outliers > 0, e.stat_bits > 0, e.input_scales) for e in grouped} >= {
+            *((True, False, False), (True, False, True), (True, True, False), (True, True, True))
+        }
+    assert {e.encoding.columns for e in entries if isinstance(e.encoding, Int8Rows)} >= {0, 1, 2, 11}
+    assert {(e.outliers > 0, e.stat_bits > 0, e.input_scales) for e in trellis} >= {
+        *((False, True, False), (True, False, False), (True, True, True), (False, False, True))
     }
     dense = [entry for entry in entries if entry.encoding.name == "dense"]
     assert {entry.encoding.dtype for entry in dense} == {"F16", "BF16", "F32"}

@@ -8,20 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.encoding import encoding_of
-from formats.kernels.cpu import decode_uniform, unpack_plane, unpack_zeros
+from formats.kernels.cpu import as_tensors, unpack_plane
 from formats.layer import QuantizedLinear, dequantize
 from formats.loader import QuantLinear
 from formats.section import pack, part_arrays
 
 
 def tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    arrays = part_arrays(bytearray(pack(layer)), layer.codes.shape, encoding_of(layer))
-    return {n: torch.from_numpy(a.view("<i4") if a.dtype == "<u4" else a) for n, a in arrays.items()}
+    return as_tensors(part_arrays(bytearray(pack(layer)), layer.shape, encoding_of(layer)))
 
 
 def decoded(layer: QuantizedLinear) -> np.ndarray:
-    parts, encoding = tensors(layer), encoding_of(layer)
-    return decode_uniform(parts, unpack_zeros(parts, encoding), layer.in_features, encoding).numpy()
+    section = bytearray(pack(layer))
+    return encoding_of(layer).decode(part_arrays(section, layer.shape, encoding_of(layer)), layer.shape).numpy()
 
 
 def test_spec_7_4_3_planes_by_hand():

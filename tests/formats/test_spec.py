@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_reader import MAX_ENTRY_CHARS, MAX_FREE_CHARS
 from invoke import python
+from layer_samples import LAYERS
 from test_house import imported_packages
 
 from formats.layer import QuantizedLinear
@@ -31,7 +32,9 @@ SPEC = ROOT / "formats" / "SPEC.md"
 
 def test_the_second_reader_imports_only_numpy_and_the_standard_library():
     path = Path(independent_reader.__file__)
-    assert imported_packages(path) <= {*sys.stdlib_module_names, "numpy"}
+    parts = {"independent_encodings", "independent_values"}
+    for name in (path.stem, *parts):
+        assert imported_packages(path.with_name(f"{name}.py")) <= {*sys.stdlib_module_names, "numpy", *parts}
     code = (
         f"import sys; sys.path.insert(0, {str(path.parent)!r}); import independent_reader as reader, pathlib;"
         f"reader.read(pathlib.Path({str(FOLDER / 'v1.qtm')!r}));"
@@ -50,7 +53,7 @@ def test_both_readers_agree_on_a_compressed_model(tiny_files, options):
 
 
 @st.composite
-def any_layers(draw) -> QuantizedLinear:
+def any_uniform(draw) -> QuantizedLinear:
     """A layer of random bits: every finite scale, every positive input scale."""
     rows, n, bits = draw(st.integers(1, 4)), draw(st.integers(1, 40)), draw(st.integers(2, 8))
     group_size = draw(st.integers(1, n))
@@ -77,7 +80,12 @@ dense_values = st.one_of(
 
 
 @settings(max_examples=40, deadline=None)
-@given(content=st.lists(st.one_of(any_layers(), dense_values, st.binary(max_size=300)), max_size=4))
+@given(
+    content=st.lists(
+        st.one_of(any_uniform(), st.sampled_from(list(LAYERS.values())), dense_values, st.binary(max_size=300)),
+        max_size=4,
+    )
+)
 def test_both_readers_agree_on_any_file(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "a.qtm"
     write_items(path, content)
@@ -87,7 +95,8 @@ def test_both_readers_agree_on_any_file(tmp_path_factory, content):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_both_readers_refuse_any_flipped_bit(data):
-    file = bytearray((FOLDER / "uniform_3bit.qtm").read_bytes())
+    name = data.draw(st.sampled_from(["uniform_3bit", "v1_1"]))
+    file = bytearray((FOLDER / f"{name}.qtm").read_bytes())
     bit = data.draw(st.integers(0, 8 * len(file) - 1))
     file[bit // 8] ^= 1 << bit % 8
     assert not both_read(bytes(file))
@@ -95,12 +104,14 @@ def test_both_readers_refuse_any_flipped_bit(data):
 
 REMOVED = object()
 VALUES = (
-    *(REMOVED, None, True, False, -1, 0, 1, 2, 8, 9, 11, 256, 2**31, 2**63 - 1, 2**63, 4.0, 0.5, -0.0, 1e300),
-    *("", "a", "w", "..", "a/b", "\x7f", "é" * 128, "x" * 1025, "dense", "uniform", "codebook", "F16", "F8", "0" * 64),
+    *(REMOVED, None, True, False, -1, 0, 1, 2, 8, 9, 11, 32, 256, 2**31, 2**63 - 1, 2**63, 4.0, 0.5, -0.0, 1e300),
+    *("", "a", "w", "..", "a/b", "\x7f", "é" * 128, "x" * 1025, "F16", "F8", "0" * 64, "nf4", "fitted"),
+    *("dense", "uniform", "codebook", "int8_rows", "trellis", "ternary"),
     *([], [3], [33], [3, 11], [11, 3], [1, 33], [3, 0], [3, 11.0], [True, 33], [1] * 9, {}, {"a": 1}),
 )
 ENTRIES = (("tensors", 0), ("tensors", 1), ("files", 0))
 OPTIONAL = ("relative_error", "transposed", "input_scales", "dtype", "bits", "perm")
+NEWER = ("stat_bits", "stat_rows", "outliers", "levels", "double_quant", "columns", "memory", "run")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -128,9 +139,21 @@ def test_both_readers_refuse_the_same_headers(tmp_path):
     tiny = write_tiny(tmp_path / "tiny.qtm")
     header = header_of(tiny)
     header["tensors"][0]["input_scales"] = False  # spelt out, which a writer never does (SPEC 7.3)
-    fields = [*places(header), *((kind, i, name) for kind, i in ENTRIES for name in OPTIONAL)]
+    fields = [*places(header), *((kind, i, name) for kind, i in ENTRIES for name in (*OPTIONAL, *NEWER))]
     verdicts = [both_read(claim(tiny, changed(header, path, value))) for path in fields for value in VALUES]
     assert verdicts.count(True) > 50
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_both_readers_refuse_the_same_fields_of_every_encoding(layer, tmp_path):
+    """The encoding of a good section, one field at a time; most values make it another length (SPEC 5.4)."""
+    write_items(tmp_path / "a.qtm", [layer])
+    good = (tmp_path / "a.qtm").read_bytes()
+    header = header_of(good)
+    own = set(header["tensors"][0]) - {"name", "offset", "bytes", "sha256"}
+    fields = [("tensors", 0, name) for name in (own | {*NEWER, *OPTIONAL})]
+    verdicts = [both_read(claim(good, changed(header, path, value))) for path in sorted(fields) for value in VALUES]
+    assert True in verdicts and False in verdicts
 
 
 @pytest.mark.parametrize(

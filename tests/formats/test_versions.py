@@ -3,11 +3,14 @@
 import struct
 
 import independent_reader
+import numpy as np
 import pytest
 from both_readers import both_read, claim, header_of
-from golden_samples import CONTENTS, FOLDER
+from format_samples import make_layer, write_items
+from golden_samples import FIRST, FOLDER, SECOND
 from independent_reader import Refused
 from invoke import refusal, run_qtool
+from layer_samples import LAYERS
 
 from formats.errors import FormatError
 from formats.preamble import VERSION
@@ -25,10 +28,20 @@ def refusals(data: bytes, path) -> list[str]:
 
 
 def test_spec_2_3_2_every_golden_file_has_the_lowest_version_that_suffices():
-    """Also after the next version: what is in these files was in 1.0 already."""
-    assert VERSION >= independent_reader.VERSION
-    for name in CONTENTS:
-        assert independent_reader.read(FOLDER / f"{name}.qtm").version == (1, 0), name
+    """Also after the next version: what is in these files was in that one already."""
+    assert VERSION == independent_reader.VERSION
+    for version, names in (((1, 0), FIRST), ((1, 1), SECOND)):
+        for name in names:
+            assert independent_reader.read(FOLDER / f"{name}.qtm").version == version, name
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_spec_2_3_2_one_tensor_decides(layer, tmp_path):
+    """Whatever 1.1 brought makes the file 1.1, wherever it stands."""
+    write_items(tmp_path / "a.qtm", [make_layer(), layer, b""])
+    assert QtmFile.open(tmp_path / "a.qtm").version == (1, 1)
+    write_items(tmp_path / "b.qtm", [make_layer(), np.zeros(3, np.float16), b""])
+    assert QtmFile.open(tmp_path / "b.qtm").version == (1, 0)
 
 
 @pytest.mark.parametrize("minor", [1, 65535])
@@ -46,7 +59,7 @@ def test_spec_2_3_a_newer_minor_version_with_nothing_new_is_read(minor, tmp_path
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda header: header["tensors"][0].update(encoding="codebook"), "codebook"),
+        (lambda header: header["tensors"][0].update(encoding="ternary"), "ternary"),
         (lambda header: header["tensors"][0].update(permutation=[1, 0]), "permutation"),
         (lambda header: header["tensors"][0].update(bits=1), "bits"),
         (lambda header: header["tensors"][-1].update(dtype="F8"), "F8"),
@@ -59,14 +72,14 @@ def test_spec_2_3_3_a_newer_minor_version_says_what_is_new_and_both_versions(cha
     change(header)
     for line in refusals(claim(V1.read_bytes(), header, version=(1, 7)), tmp_path / "newer.qtm"):
         assert named in line
-        assert "1.7" in line and "1.0" in line
+        assert "1.7" in line and "1.1" in line
 
 
 def test_spec_2_3_3_this_version_is_not_blamed_on_a_newer_one():
     header = header_of(V1.read_bytes())
-    header["tensors"][0]["encoding"] = "codebook"
+    header["tensors"][0]["encoding"] = "ternary"
     for read, error in [(lambda data: QtmFile(data, "x.qtm"), FormatError), (independent_reader.read_bytes, Refused)]:
-        with pytest.raises(error, match="codebook") as refused:
+        with pytest.raises(error, match="ternary") as refused:
             read(claim(V1.read_bytes(), header))
         assert "version" not in str(refused.value)
 

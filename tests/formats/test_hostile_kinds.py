@@ -1,0 +1,219 @@
+"""Every "must" of SPEC 7.6.1 and 7.9 to 7.13 broken: numbers in sections under right hashes, and fields of entries."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from both_readers import both_read
+from layer_samples import (
+    LAYERS,
+)
+from test_hostile import with_section
+
+from formats.encoding import Codebook, Encoding, Int8Rows, Trellis, Uniform, encoding_from_fields, encoding_of
+from formats.errors import FormatError
+from formats.layer import TrellisLinear
+from formats.loader import decode_tensor
+from formats.reader import QtmFile, verify
+from formats.section import pack, part_arrays
+
+NAN, INFINITE = np.float16(np.nan), np.float32(-np.inf)
+BEYOND = np.nextafter(np.float32(2.0**64), np.float32(np.inf))
+ENDS = r"outlier_rows go from \d+ to \d+: must be from 0 to 8 \(SPEC 7.10.1\)"
+FALL = r"outlier_rows fall behind row 1: must never fall \(SPEC 7.10.1\)"
+RISE = r"outlier_columns do not rise at outlier 1: must within a row \(SPEC 7.10.1\)"
+COLUMN = r"outlier_columns reach \d+: must be below 11 inputs \(SPEC 7.10.1\)"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "at", "value", "message"),
+    [
+        ("two levels", "scale_scales", (1, 2), NAN, r"a scale of the scales is NaN or infinite \(SPEC 7.6\)"),
+        ("two levels", "scale_zeros", (0, 0), INFINITE, r"a zero of the scales is NaN or infinite \(SPEC 7.6\)"),
+        ("two levels", "zero_scales", (2, 0), NAN, r"a scale of the zeros is NaN or infinite \(SPEC 7.6\)"),
+        ("two levels", "zero_zeros", (0, 1), INFINITE, r"a zero of the zeros is NaN or infinite \(SPEC 7.6\)"),
+        (
+            "two levels, symmetric, input scales",
+            "input_scales",
+            (3,),
+            0,
+            "an input scale is NaN, infinite or not above",
+        ),
+        ("outliers", "outlier_values", (7,), NAN, r"an outlier is NaN or infinite \(SPEC 7.6\)"),
+        ("outliers", "outlier_rows", (0,), 1, ENDS),
+        ("outliers", "outlier_rows", (0,), 2**32 - 1, ENDS),
+        ("outliers", "outlier_rows", (4,), 7, ENDS),
+        ("outliers", "outlier_rows", (4,), 2**32 - 1, ENDS),
+        ("outliers", "outlier_rows", (2,), 1, FALL),
+        ("outliers", "outlier_rows", (1,), 2**32 - 1, FALL),
+        ("outliers", "outlier_columns", (1,), 4, RISE),
+        ("outliers", "outlier_columns", (1,), 3, RISE),
+        ("outliers", "outlier_columns", (7,), 11, COLUMN),
+        ("outliers", "outlier_columns", (1,), 65535, COLUMN),
+        ("fitted, 3 bits, double quantization", "levels", (5,), NAN, r"a level is NaN or infinite \(SPEC 7.6\)"),
+        ("nf4", "scales", (1, 1), INFINITE, r"a scale is NaN or infinite \(SPEC 7.6\)"),
+        (
+            "nf4, double quantization",
+            "scale_absmax",
+            (1,),
+            np.nan,
+            r"an absmax of the scales is NaN, infinite or beyond",
+        ),
+        ("nf4, double quantization", "scale_absmax", (1,), INFINITE, r"an absmax of .* beyond 2\*\*64 \(SPEC 7.6\)"),
+        ("nf4, double quantization", "scale_mean", (0,), -BEYOND, r"the mean of the scales is .* beyond 2\*\*64"),
+        ("fp4, input scales", "input_scales", (2,), -1, r"an input scale is NaN, infinite or not above 0 \(SPEC 7.6\)"),
+        ("trellis", "levels", (15,), NAN, r"a level is NaN or infinite \(SPEC 7.6\)"),
+        ("trellis", "scales", (69, 2), INFINITE, r"a scale is NaN or infinite \(SPEC 7.6\)"),
+        ("int8", "scales", (0,), BEYOND, r"a scale is NaN, infinite or beyond 2\*\*64 \(SPEC 7.6\)"),
+        ("int8", "codes", (2, 10), -128, r"a code is -128: must be -127 to 127 \(SPEC 7.13.2\)"),
+        ("int8, two columns", "values", (0, 1), NAN, r"a value is NaN or infinite \(SPEC 7.6\)"),
+        (
+            "int8, two columns",
+            "columns",
+            (1,),
+            2,
+            r"columns do not rise: must, and none may stand twice \(SPEC 7.13.2\)",
+        ),
+        ("int8, two columns", "columns", (1,), 0, "columns do not rise"),
+        ("int8, two columns", "columns", (1,), 11, r"columns reach 11: must be below 11 inputs \(SPEC 7.13.2\)"),
+        ("int8, two columns", "columns", (1,), 2**32 - 1, "columns reach 4294967295: must be below 11 inputs"),
+        ("int8, two columns", "codes", (0, 7), 1, r"a code of an input in columns is not 0: .*\(SPEC 7.13.2\)"),
+    ],
+)
+def test_spec_7_6_1_numbers_that_cannot_be_are_found_by_whoever_decodes(name, part, at, value, message, tmp_path):
+    """verify, the numpy decoder and the loader's: each before it uses the number; and the second reader."""
+    layer = LAYERS[name]
+    section = bytearray(pack(layer))
+    part_arrays(section, layer.shape, encoding_of(layer))[part][at] = value
+    path = with_section(tmp_path / "a.qtm", layer, bytes(section))
+    assert not both_read(path.read_bytes())
+    with QtmFile.open(path) as file:
+        for read in (lambda: verify(path), lambda: file.layer("w"), lambda: decode_tensor(file, file.tensors["w"])):
+            with pytest.raises(FormatError, match=f"a.qtm: tensor 'w': {message}"):
+                read()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_spec_7_4_4_no_bit_of_a_section_is_free(name, tmp_path):
+    """Set one that no part uses: behind the last field of a plane, or between two parts (SPEC 4.3)."""
+    layer = LAYERS[name]
+    section = np.frombuffer(pack(layer), np.uint8)
+    free = unused(layer)
+    assert free.any()
+    bytes_with_some = np.flatnonzero(free)
+    for byte in bytes_with_some[:: -(-len(bytes_with_some) // 40)]:
+        spoilt = section.copy()
+        spoilt[byte] |= free[byte] & -free[byte].astype(np.int16)  # the lowest one
+        path = with_section(tmp_path / f"{byte}.qtm", layer, spoilt.tobytes())
+        with pytest.raises(FormatError, match=r"tensor 'w': .* not zero \(SPEC (4.3|7.4.4)\)"):
+            verify(path)
+        assert not both_read(path.read_bytes())
+
+
+def unused(layer) -> np.ndarray:
+    """The bits of a section, byte by byte, that hold nothing: all but those that some layer of this kind could set."""
+    encoding = encoding_of(layer)
+    used = bytearray(encoding.section_bytes(layer.shape))
+    for array in part_arrays(used, layer.shape, encoding).values():
+        array.view(np.uint8)[...] = 0xFF
+    for name, words in part_arrays(used, layer.shape, encoding).items():
+        field, dot, width = name.partition(".")
+        if dot:
+            n = fields_in_a_row(layer, field)
+            bits = np.zeros((words.shape[0], 32 * words.shape[1]), np.uint8)
+            bits[:, : n * int(width)] = 1
+            words[...] = np.packbits(bits, axis=1, bitorder="little").view("<u4")
+    return ~np.frombuffer(bytes(used), np.uint8)
+
+
+def fields_in_a_row(layer, field: str) -> int:
+    if isinstance(layer, TrellisLinear):
+        in_a_row = {"path": layer.out_features, "codes": layer.out_features}
+    else:
+        in_a_row = {"codes": layer.in_features}
+    return in_a_row.get(field, layer.out_features * -(-layer.in_features // layer.group_size))
+
+
+UNIFORM = {"encoding": "uniform", "bits": 3, "group_size": 4, "symmetric": False}
+TRELLIS = {"encoding": "trellis", "bits": 2, "memory": 4, "run": 64, "group_size": 4}
+CODEBOOK = {"encoding": "codebook", "bits": 4, "group_size": 4, "levels": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (UNIFORM | {"stat_bits": 1, "stat_rows": 2}, r"stat_bits=1: must be 0 or 2 to 8 \(SPEC 7.9\)"),
+        (UNIFORM | {"stat_bits": 9, "stat_rows": 2}, r"stat_bits=9: must be 0 or 2 to 8 \(SPEC 7.9\)"),
+        (UNIFORM | {"stat_bits": -3, "stat_rows": 2}, r"stat_bits is -3: must be an integer from 0 to 2\*\*63 - 1"),
+        (UNIFORM | {"stat_bits": 3}, r"stat_rows=0: must be 1 or more with stat_bits \(SPEC 7.9\)"),
+        (UNIFORM | {"stat_bits": 3, "stat_rows": 2**63}, r"stat_rows is 9223372036854775808: must be .*\(SPEC 3.3\)"),
+        (UNIFORM | {"stat_rows": 3}, r"stat_rows=3: must be 0 without stat_bits \(SPEC 7.9\)"),
+        (UNIFORM | {"stat_bits": True, "stat_rows": 2}, r"stat_bits=True: must be int \(SPEC 5.1\)"),
+        (UNIFORM | {"outliers": 34}, r"outliers=34: must be 0 to 3x11 \(SPEC 7.10\)"),
+        (UNIFORM | {"outliers": 2**63 - 1}, r"outliers=9223372036854775807: must be 0 to 3x11 \(SPEC 7.10\)"),
+        (UNIFORM | {"outliers": None}, "outliers=None: must be int"),
+        (CODEBOOK | {"levels": "af4"}, r"levels='af4': must be nf4, fp4 or fitted \(SPEC 7.11\)"),
+        (CODEBOOK | {"levels": ["nf4"]}, r"levels=\['nf4'\]: must be str"),
+        (CODEBOOK | {"bits": 3}, r"bits=3: must be 4 with levels nf4 \(SPEC 7.11\)"),
+        (CODEBOOK | {"bits": 5, "levels": "fp4"}, r"bits=5: must be 4 with levels fp4 \(SPEC 7.11\)"),
+        (CODEBOOK | {"bits": 9, "levels": "fitted"}, r"bits=9: must be 2 to 8 \(SPEC 7.3, 7.14\)"),
+        (CODEBOOK | {"double_quant": 1}, "double_quant=1: must be bool"),
+        (CODEBOOK | {"double_quant": True, "stat_bits": 3, "stat_rows": 1}, r"double_quant=True: .*\(SPEC 7.12\)"),
+        (CODEBOOK | {"group_size": 12}, r"group_size=12: more than 11 inputs \(SPEC 7.3\)"),
+        (TRELLIS | {"bits": 0}, r"bits=0: must be 1 to 6 \(SPEC 7.3, 7.14\)"),
+        (TRELLIS | {"bits": 7}, r"bits=7: must be 1 to 6 \(SPEC 7.3, 7.14\)"),
+        (TRELLIS | {"memory": 1}, r"memory=1: must be 2 to 9 \(SPEC 7.14\)"),
+        (TRELLIS | {"memory": 10}, r"memory=10: must be 2 to 9 \(SPEC 7.14\)"),
+        (TRELLIS | {"run": 0}, r"run=0: must be a multiple of 32, above 0 \(SPEC 7.14\)"),
+        (TRELLIS | {"run": 2**63}, r"run is 9223372036854775808: must be an integer from 0 to .*\(SPEC 3.3\)"),
+        (TRELLIS | {"run": 48}, r"run=48: must be a multiple of 32, above 0 \(SPEC 7.14\)"),
+        (TRELLIS | {"run": 32.0}, "run=32.0: must be int"),
+        ({"encoding": "int8_rows", "columns": 12}, r"columns=12: must be 0 to 11 \(SPEC 7.13\)"),
+        ({"encoding": "int8_rows", "columns": "2"}, "columns='2': must be int"),
+    ],
+)
+def test_spec_7_9_fields_that_cannot_be_are_refused(entry, message):
+    with pytest.raises(FormatError, match=message):
+        encoding_from_fields(entry).parts((3, 11))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Uniform(bits=3, group_size=4, symmetric=True, stat_rows=-3),
+            "stat_rows=-3: must be 0 without stat_bits",
+        ),
+        (
+            lambda: Uniform(bits=3, group_size=4, symmetric=True, stat_bits=3, stat_rows=-1),
+            "stat_rows=-1: must be 1 or",
+        ),
+        (
+            lambda: Uniform(bits=3, group_size=4, symmetric=True, outliers=-1).parts((3, 11)),
+            "outliers=-1: must be 0 to",
+        ),
+        (lambda: Int8Rows(columns=-1).parts((3, 11)), r"columns=-1: must be 0 to 11 \(SPEC 7.13\)"),
+        (lambda: Trellis(bits=2, memory=4, run=-32, group_size=4), "run=-32: must be a multiple of 32, above 0"),
+    ],
+)
+def test_an_encoding_that_a_caller_cannot_mean(make, message):
+    """What JSON cannot say (SPEC 3.3)."""
+    with pytest.raises(FormatError, match=message):
+        make()
+
+
+def test_spec_7_10_more_outliers_than_a_pointer_counts():
+    encoding = Uniform(bits=2, group_size=64, symmetric=True, outliers=2**32)
+    with pytest.raises(FormatError, match=r"outliers=4294967296: must be at most 4294967295 \(SPEC 7.10\)"):
+        encoding.parts((2**20, 2**20))
+    assert replace(encoding, outliers=2**32 - 1).section_bytes((2**20, 2**20)) > 2**32
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [Codebook(bits=4, group_size=1, levels="nf4"), Int8Rows(), Uniform(bits=2, group_size=1, symmetric=True)],
+)
+@pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3)])
+def test_spec_7_11_quantized_tensors_have_two_dimensions(encoding: Encoding, shape):
+    with pytest.raises(FormatError, match=rf"{encoding.name} needs two dimensions \(SPEC 7.3, 7.11, 7.13, 7.14\)"):
+        encoding.parts(shape)
