@@ -1,4 +1,4 @@
-"""Windows of equal length from one long row of tokens: at random to calibrate, side by side to evaluate."""
+"""Windows of equal length from one long row of tokens: at random to calibrate, in order to evaluate."""
 
 from __future__ import annotations
 
@@ -41,14 +41,19 @@ def draw_windows(tokens: Ids, n_samples: int, seq_len: int, rng: np.random.Gener
     return np.take(tokens, starts[:, None] + np.arange(seq_len))
 
 
-def evaluation_windows(tokens: Ids, seq_len: int, max_windows: int | None = None, *, source: str = "text") -> Ids:
-    """[n, seq_len]: windows side by side from the start of the text; the tail is dropped, as in GPTQ."""
+def evaluation_windows(
+    tokens: Ids, seq_len: int, max_windows: int | None = None, *, stride: int | None = None, source: str = "text"
+) -> Ids:
+    """[n, seq_len]: windows from the start of the text, each `stride` tokens behind the one before it.
+
+    Without `stride` they stand side by side, as in GPTQ. The tail that fills none is dropped. A view of `tokens`:
+    where windows overlap, a copy would be as many times the text.
+    """
     _require_window(tokens, seq_len, source)
     if max_windows is not None:
         _require_positive("--max-windows", max_windows)
-    n_windows = len(tokens) // seq_len
-    n_windows = n_windows if max_windows is None else min(n_windows, max_windows)
-    return tokens[: n_windows * seq_len].reshape(n_windows, seq_len)
+    views = np.lib.stride_tricks.sliding_window_view(tokens, seq_len, writeable=True)
+    return views[:: stride or seq_len][:max_windows]
 
 
 def repeat_warnings(n_tokens: int, n_samples: int, seq_len: int, source: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Perplexity of a model or file, and how far its predictions are from a baseline's.
 
-The protocol is the GPTQ paper's: the text is tokenized once and cut
-into windows side by side; the tail is dropped; the mean negative log likelihood is taken over every
-predicted token. Blocks are run one at a time over all windows, so each weight is read and decoded once.
+What is scored is `qtool.protocol`'s, the figures are `qtool.figures`'. Here the models run, one block at a time over
+as many windows as STATES_BYTES hold the hidden states of, so that memory grows neither with the text nor with the
+depth of the model. A weight is read and decoded once for each such round: little beside what the round computes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,103 +19,183 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibration.corpus import evaluation_windows, read_text, tokenize
+from calibration.corpus import read_text
 from qtool.checkpoint import Checkpoint
 from qtool.errors import ConfigError, QuantizeError
+from qtool.figures import Estimate, Predictions, Stretches, Values, joined, mean, perplexity, token_scores
+from qtool.logits_file import BaselineWriter, SavedBaseline
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
+from qtool.protocol import Protocol, Sample, Windows, cut_windows, scored
 from qtool.states import windows_per_batch
 
-DEFAULT_SEQ_LEN = 2048
 LOGITS_AT_A_TIME = 1 << 23  # 32 MB as float32: a vocabulary is wide, and two models are compared
+STATES_BYTES = 1 << 30  # all models' hidden states between two blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PerplexityResult:
-    """Figures of one evaluation. The baseline's are None without one; KL is in nats, from baseline to model."""
+class Result:
+    """Figures of one evaluation, and what they are of."""
 
-    perplexity: float
-    tokens: int  # predicted tokens: windows * (seq_len - 1)
-    windows: int
-    seq_len: int
-    data: str
-    data_sha256: str
+    sample: Sample
+    error_over: str  # windows (stretches of text as long as one) or tokens: what the error bars take for independent
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat; an estimate's error under its name and `_error`; what is not known is left out."""
+        values: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Sample):
+                values |= asdict(value)
+            elif isinstance(value, Estimate):
+                values |= {name: value.value, f"{name}_error": value.error}
+            else:
+                values[name] = value
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexityResult(Result):
+    """The baseline's figures are None without one; KL is in nats, from baseline to model."""
+
+    perplexity: Estimate
     baseline_perplexity: float | None = None
     kl_mean: float | None = None
     kl_p99: float | None = None
     same_top: float | None = None  # share of positions where both models' most likely token is the same
 
-    def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceResult(Result):
+    """KL is in nats, from baseline to model; its percentiles and maximum are over single tokens."""
+
+    perplexity: Estimate
+    baseline_perplexity: Estimate
+    perplexity_ratio: Estimate
+    kl_mean: Estimate
+    kl_p50: float
+    kl_p95: float
+    kl_p99: float
+    kl_max: float
+    same_top: Estimate  # share of positions where both models' most likely token is the same
 
 
 def evaluate_perplexity(
     checkpoint: Checkpoint,
     *,
     data: str,
-    seq_len: int | None = None,
-    max_windows: int | None = None,
+    protocol: Protocol | None = None,
     baseline: Checkpoint | None = None,
     text_field: str = "text",
 ) -> PerplexityResult:
     """Perplexity of `checkpoint` on the text `data`, with `baseline` compared token by token."""
     started = time.perf_counter()
     models = [BlockwiseModel(c) for c in (checkpoint, baseline) if c is not None]
-    tokenizer = checkpoint.tokenizer()
-    text = read_text(data, split="test", text_field=text_field)
-    tokens = tokenize(text, lambda joined: list(tokenizer(joined, verbose=False).input_ids))
-    length = _window_length(models, seq_len)
-    ids = torch.from_numpy(evaluation_windows(tokens, length, max_windows, source=data).copy())
-    for model in models:
-        model.check_tokens(ids)
+    windows = _windows(models, data, text_field, protocol or Protocol())
     with exact_float32():
-        figures = _score(models, ids)
+        scores = joined([token_scores(*predictions) for predictions in _predictions(models, windows)])
+    stretches = windows.stretches()
+    figures: dict[str, Any] = {}
+    if baseline is not None:
+        figures["baseline_perplexity"] = perplexity(scores["baseline_nll"], stretches).value
+        figures["kl_mean"] = float(scores["kl"].mean())
+        figures["kl_p99"] = float(np.percentile(scores["kl"], 99))
+        figures["same_top"] = float(scores["same_top"].mean())
     return PerplexityResult(
-        **figures,
-        tokens=ids.shape[0] * (length - 1),
-        windows=ids.shape[0],
-        seq_len=length,
-        data=text.name,
-        data_sha256=text.sha256,
-        seconds=time.perf_counter() - started,
+        perplexity=perplexity(scores["nll"], stretches), **figures, **_common(windows.sample, stretches, started)
     )
 
 
-def _window_length(models: list[BlockwiseModel], seq_len: int | None) -> int:
+def evaluate_divergence(
+    checkpoint: Checkpoint,
+    baseline: Checkpoint | Path,
+    *,
+    data: str,
+    protocol: Protocol | None = None,
+    text_field: str = "text",
+    save_baseline: Path | None = None,
+) -> DivergenceResult:
+    """How far `checkpoint` is from `baseline` on the text `data`.
+
+    baseline: a model, or the file that an earlier call made with `save_baseline`.
+    save_baseline: a new file for the predictions of a baseline that is a model.
+    """
+    started = time.perf_counter()
+    models = [BlockwiseModel(c) for c in (checkpoint, baseline) if isinstance(c, Checkpoint)]
+    windows = _windows(models, data, text_field, protocol or Protocol())
+    shape = windows.sample, models[0].vocab_size
+    parts: list[dict[str, Tensor]] = []
+    with exact_float32(), ExitStack() as stack:
+        saved = stack.enter_context(SavedBaseline(baseline, *shape)) if isinstance(baseline, Path) else None
+        writer = stack.enter_context(BaselineWriter(save_baseline, *shape)) if save_baseline else None
+        for predictions in _predictions(models, windows):
+            base = saved.read(len(predictions[0].nll)) if saved else predictions[1]
+            parts.append(token_scores(predictions[0], base))
+            if writer:
+                writer.write(base)
+        if writer:
+            writer.finish()
+    return _divergence(joined(parts), windows, started)
+
+
+def _divergence(scores: dict[str, Values], windows: Windows, started: float) -> DivergenceResult:
+    stretches = windows.stretches()
+    nll, base_nll, kl = scores["nll"], scores["baseline_nll"], scores["kl"]
+    p50, p95, p99 = (float(value) for value in np.percentile(kl, [50, 95, 99]))
+    return DivergenceResult(
+        perplexity=perplexity(nll, stretches),
+        baseline_perplexity=perplexity(base_nll, stretches),
+        perplexity_ratio=perplexity(nll - base_nll, stretches),
+        kl_mean=mean(kl, stretches),
+        kl_p50=p50,
+        kl_p95=p95,
+        kl_p99=p99,
+        kl_max=float(kl.max()),
+        same_top=mean(scores["same_top"], stretches),
+        **_common(windows.sample, stretches, started),
+    )
+
+
+def _common(sample: Sample, stretches: Stretches | None, started: float) -> dict[str, Any]:
+    over = "tokens" if stretches is None else "windows"
+    return {"sample": sample, "error_over": over, "seconds": time.perf_counter() - started}
+
+
+def _windows(models: list[BlockwiseModel], data: str, text_field: str, protocol: Protocol) -> Windows:
+    """The windows that all `models` can take; the first one's tokenizer reads the text."""
     if len({model.vocab_size for model in models}) > 1:
         sizes = " and ".join(str(model.vocab_size) for model in models)
         raise ConfigError(f"model and baseline have vocabularies of {sizes} tokens: not the same model")
     longest = min((m.max_seq_len for m in models if m.max_seq_len), default=None)
-    if seq_len is None:
-        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    if seq_len < 2 or (longest is not None and seq_len > longest):
-        most = "any length" if longest is None else f"{longest}, the context the model was built for"
-        raise ConfigError(f"--seq-len {seq_len}: must be 2 to {most}")
-    return seq_len
+    text = read_text(data, split="test", text_field=text_field)
+    windows = cut_windows(text, models[0].checkpoint.tokenizer(), protocol, longest=longest, source=data)
+    for model in models:
+        model.check_tokens(windows.ids)
+    return windows
 
 
-def _score(models: list[BlockwiseModel], ids: Tensor) -> dict[str, float]:
-    batches = ids.split(windows_per_batch(ids.shape[1]))
-    total = sum(len(model.blocks) for model in models) + len(batches)
-    scores: list[dict[str, Tensor]] = []
-    with tqdm(total=total, desc="evaluate", unit="step", disable=None) as bar, ExitStack() as stack:
-        hidden = [_run_blocks(model, batches, bar) for model in models]
-        for model in models:
-            stack.enter_context(model.outside(head=True))
-        for index, batch in enumerate(batches):
-            for span in _spans(batch, models[0].vocab_size):
-                logs = [_log_probs(m, h[index][:, span]) for m, h in zip(models, hidden, strict=True)]
-                scores.append(_compare(logs, batch[:, span.start + 1 : span.stop + 1]))
-            bar.update()
-    columns = {name: torch.cat([score[name] for score in scores]).double().numpy() for name in scores[0]}
-    figures = {"perplexity": float(np.exp(columns["nll"].mean()))}
-    if len(models) == 2:
-        figures["baseline_perplexity"] = float(np.exp(columns["baseline_nll"].mean()))
-        figures["kl_mean"] = float(columns["kl"].mean())
-        figures["kl_p99"] = float(np.percentile(columns["kl"], 99))
-        figures["same_top"] = float(columns["same_top"].mean())
-    return figures
+def _predictions(models: list[BlockwiseModel], windows: Windows) -> Iterator[list[Predictions]]:
+    """Each model's predictions for the scored tokens, in their order, some at a time."""
+    seq_len = windows.sample.seq_len
+    in_batch = windows_per_batch(seq_len)
+    widths = sum(int(model.config.hidden_size) for model in models)
+    in_round = max(STATES_BYTES // (4 * seq_len * widths * in_batch), 1) * in_batch
+    rounds = list(windows.split(in_round))
+    n_batches = sum(-(-len(ids) // in_batch) for ids, _ in rounds)
+    total = len(rounds) * sum(len(model.blocks) for model in models) + n_batches
+    with tqdm(total=total, desc="evaluate", unit="step", disable=None) as bar:
+        for ids, first in rounds:
+            batches = ids.split(in_batch)
+            hidden = [_run_blocks(model, batches, bar) for model in models]
+            with ExitStack() as stack:
+                for model in models:
+                    stack.enter_context(model.outside(head=True))
+                for index, (batch, start) in enumerate(zip(batches, first.split(in_batch), strict=True)):
+                    positions = scored(start, seq_len)
+                    states = [h[index][:, :-1][positions] for h in hidden]  # [n, hidden] of each model
+                    yield from _score(models, states, batch[:, 1:][positions])
+                    bar.update()
 
 
 def _run_blocks(model: BlockwiseModel, batches: tuple[Tensor, ...], bar: Any) -> list[Tensor]:
@@ -123,9 +204,26 @@ def _run_blocks(model: BlockwiseModel, batches: tuple[Tensor, ...], bar: Any) ->
         hidden = [model.embed(ids) for ids in batches]
     for index in range(len(model.blocks)):
         with model.block(index):
-            hidden = [_finite(model.run(index, states), model, model.block_name(index)) for states in hidden]
+            for i, states in enumerate(hidden):  # in place: the states are what memory goes to
+                hidden[i] = _finite(model.run(index, states), model, model.block_name(index))
         bar.update()
     return hidden
+
+
+def _score(models: list[BlockwiseModel], states: list[Tensor], targets: Tensor) -> Iterator[list[Predictions]]:
+    """As `_predictions`, from the last block's output [n, hidden] at positions before the tokens `targets` [n]."""
+    step = max(1, LOGITS_AT_A_TIME // models[0].vocab_size)
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        yield [
+            Predictions.of(_log_probs(model, h[part]), targets[part]) for model, h in zip(models, states, strict=True)
+        ]
+
+
+def _log_probs(model: BlockwiseModel, states: Tensor) -> Tensor:
+    """[n, vocab] for states [n, hidden], each a sequence of its own: the head looks at nothing beside it."""
+    logits = _finite(model.logits(states[:, None]), model, "the output head")
+    return torch.log_softmax(logits[:, 0], dim=-1)
 
 
 def _finite(values: Tensor, model: BlockwiseModel, name: str) -> Tensor:
@@ -133,32 +231,3 @@ def _finite(values: Tensor, model: BlockwiseModel, name: str) -> Tensor:
     if not torch.isfinite(values).all():
         raise QuantizeError(f"{model.checkpoint.name}: {name}: NaN or infinite activations; the model overflows")
     return values
-
-
-def _spans(batch: Tensor, vocab_size: int) -> Iterator[slice]:
-    """The predicting positions (all but the last) in stretches whose logits fit the budget."""
-    step = max(1, LOGITS_AT_A_TIME // (vocab_size * batch.shape[0]))
-    last = batch.shape[1] - 1
-    for start in range(0, last, step):
-        yield slice(start, min(start + step, last))
-
-
-def _log_probs(model: BlockwiseModel, hidden: Tensor) -> Tensor:
-    return torch.log_softmax(_finite(model.logits(hidden), model, "the output head"), dim=-1)  # [batch, span, vocab]
-
-
-def _compare(logs: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
-    """Per predicted token, flat: the model's score, and with a baseline its score, the divergence and agreement."""
-
-    def nll(log: Tensor) -> Tensor:
-        return -log.gather(2, targets[:, :, None]).flatten()
-
-    if len(logs) == 1:
-        return {"nll": nll(logs[0])}
-    model, base = logs
-    return {
-        "nll": nll(model),
-        "baseline_nll": nll(base),
-        "kl": (base.exp() * (base - model)).sum(2).flatten(),
-        "same_top": (model.argmax(2) == base.argmax(2)).flatten(),
-    }

@@ -12,6 +12,7 @@ import qtool as api
 from qtool import evaluate, states
 from qtool.checkpoint import open_checkpoint
 from qtool.numerics import exact_float32
+from qtool.protocol import Protocol
 
 SEQ_LEN = 48
 
@@ -107,8 +108,7 @@ def evaluate_with(tiny_files, monkeypatch, **constants):
         open_checkpoint(str(tiny_files.compressed("gemma2"))),
         baseline=open_checkpoint(str(tiny_files.model("gemma2"))),
         data=str(tiny_files.text),
-        seq_len=SEQ_LEN,
-        max_windows=7,
+        protocol=Protocol(seq_len=SEQ_LEN, max_windows=7),
     )
     return {
         key: value for key, value in result.to_dict().items() if isinstance(value, int | float) and key != "seconds"
@@ -122,11 +122,30 @@ def evaluate_with(tiny_files, monkeypatch, **constants):
         {"TOKENS_PER_BATCH": 3 * SEQ_LEN},  # the last batch is a short one
         {"TOKENS_PER_BATCH": 1 << 30},
         {"LOGITS_AT_A_TIME": 1},
-        {"LOGITS_AT_A_TIME": 5 * 260 * 7},  # 47 predicting positions by fives: the last stretch is short
-        {"TOKENS_PER_BATCH": 100, "LOGITS_AT_A_TIME": 46 * 260 * 2},
+        {"LOGITS_AT_A_TIME": 5 * 260},  # 47 predictions of a window by fives: the last part is short
+        {"STATES_BYTES": 1},  # a round for every window
+        {"STATES_BYTES": 3 * 4 * SEQ_LEN * 2 * 32, "TOKENS_PER_BATCH": SEQ_LEN},  # rounds of 3, 3 and 1 windows
+        {"TOKENS_PER_BATCH": 100, "LOGITS_AT_A_TIME": 46 * 260},
     ],
 )
 def test_how_the_work_is_cut_does_not_matter(tiny_files, monkeypatch, constants):
     want = evaluate_with(tiny_files, monkeypatch)
     got = evaluate_with(tiny_files, monkeypatch, **constants)
     assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_no_more_states_are_held_than_the_bound_allows(tiny_files, monkeypatch):
+    """Rounds of two windows of two models: the most that any block is run on between two loads of its weights."""
+    monkeypatch.setattr(states, "TOKENS_PER_BATCH", SEQ_LEN)
+    monkeypatch.setattr(evaluate, "STATES_BYTES", 2 * 4 * SEQ_LEN * 2 * 32 + 100)
+    held, run_blocks = [], evaluate._run_blocks
+
+    def recorded(model, batches, bar):
+        hidden = run_blocks(model, batches, bar)
+        held.append(sum(h.nbytes for h in hidden))
+        return hidden
+
+    monkeypatch.setattr(evaluate, "_run_blocks", recorded)
+    evaluate_with(tiny_files, monkeypatch)
+    assert len(held) == 2 * 4  # 7 windows
+    assert all(a + b <= evaluate.STATES_BYTES for a, b in zip(held[::2], held[1::2], strict=True))

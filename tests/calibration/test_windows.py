@@ -103,6 +103,13 @@ def test_evaluation_windows_known_answer():
     assert evaluation_windows(TOKENS, 5, 99).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
+def test_evaluation_windows_that_overlap_known_answer():
+    assert evaluation_windows(TOKENS, 4, stride=3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert evaluation_windows(TOKENS, 9, stride=1).tolist() == [list(range(9)), list(range(1, 10))]
+    assert evaluation_windows(TOKENS, 9, stride=2).tolist() == [list(range(9))]
+    assert evaluation_windows(TOKENS, 4, 2, stride=1).tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
+
+
 @given(n_tokens=st.integers(1, 60), data=st.data())
 def test_evaluation_windows_are_the_text_without_its_tail(n_tokens, data):
     seq_len = data.draw(st.integers(1, n_tokens))
