@@ -6,14 +6,15 @@ importance matrix), applied to the linears of the blocks, and measured as an ord
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize, quantize
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from benchmarks.folder import replace_tensors
+from benchmarks.peers.job import is_block_linear
 from benchmarks.tools import CALIBRATION, MEASURE, Limits, parser, print_table, qtool
 
 LEFT = ["--embeddings", 16]
@@ -56,14 +57,12 @@ def _row(name: str, bits: float, model: Path, data: Path, base: float) -> tuple[
 
 def round_like_llama_cpp(model: Path, folder: Path, kind: GGMLQuantizationType) -> float:
     """Copy `model` to `folder` with the blocks' linears rounded to `kind`; the bits per weight that it takes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if ".layers." in name and tensor.dim() == 2:
-            rounded = dequantize(quantize(tensor.float().numpy(), kind), kind)
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(rounded))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rounded = {
+        name: dequantize(quantize(tensor.float().numpy(), kind), kind)
+        for name, tensor in load_file(model / "model.safetensors").items()
+        if is_block_linear(name, tensor.dim())
+    }
+    replace_tensors(model, folder, {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in rounded.items()})
     weights, block_bytes = GGML_QUANT_SIZES[kind]
     return 8 * block_bytes / weights
 
