@@ -17,6 +17,7 @@ class LayerStats:
 
     hessian: Tensor  # [in, in] f32: mean over tokens of x xᵀ, undamped (GPTQ, sec. 3.2, without its factor 2)
     n_tokens: int
+    absmax: Tensor  # [in] f32: the largest magnitude of each input over the tokens
     n_dropped: int = 0  # tokens left out, because their input holds NaN, infinity or what overflows when squared
 
 
@@ -25,6 +26,7 @@ class HessianAccumulator:
 
     def __init__(self, in_features: int) -> None:
         self._sum = torch.zeros(in_features, in_features)
+        self._absmax = torch.zeros(in_features)
         self.n_tokens = 0
         self.n_dropped = 0
 
@@ -34,6 +36,8 @@ class HessianAccumulator:
         for start in range(0, x.shape[1], STRIPE):
             stripe = self._sum[start : start + STRIPE, start:]
             stripe.addmm_(x[:, start : start + STRIPE].T, x[:, start:])
+        if x.shape[0]:
+            torch.maximum(self._absmax, torch.maximum(x.amax(0), -x.amin(0)), out=self._absmax)
         self.n_tokens += x.shape[0]
 
     def _without_overflow(self, x: Tensor) -> Tensor:
@@ -50,4 +54,4 @@ class HessianAccumulator:
         upper = self._sum.triu_().div_(max(self.n_tokens, 1))
         self._sum = upper.new_empty(0)
         hessian = upper.add_(torch.triu(upper, 1).T)
-        return LayerStats(hessian=hessian, n_tokens=self.n_tokens, n_dropped=self.n_dropped)
+        return LayerStats(hessian, self.n_tokens, self._absmax, self.n_dropped)

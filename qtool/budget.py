@@ -20,9 +20,10 @@ from qtool.sizes import format_bytes, stored_bytes
 from qtool.states import windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
+COMPILER_BYTES = 170_000_000  # numba, which compiles the trellis's search
 TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
 SLACK = 1.15  # what the allocator holds free between tensors
-SOLVER_COPIES = 10  # of a stripe of weights as float32: scaled, free, codes, error, decoded, the grid's temporaries
+SOLVER_COPIES = 11  # of a stripe of weights as float32: scaled, free, codes, errors, decoded, the grid's temporaries
 HEADER_ROOM_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
 
 
@@ -80,7 +81,8 @@ def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int
             if tensor.spec is not None:
                 waiting = max(hessians - 8 * tensor.shape[1] ** 2, 0)  # those of inputs that are solved later
                 moments.append(weights + waiting + _solver_bytes(tensor, calibrated=bool(n_tokens)))
-    return int(INTERPRETER_BYTES + SLACK * max(moments))
+    compiler = COMPILER_BYTES * any(t.spec is not None and t.spec.format == "trellis" for t in plan)
+    return int(INTERPRETER_BYTES + compiler + SLACK * max(moments))
 
 
 def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from formats.reader import QtmFile
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointError, ConfigError
 from qtool.estimate import estimate_run
-from qtool.evaluate import evaluate_perplexity
-from qtool.journal import default_folder
+from qtool.evaluate import evaluate_divergence, evaluate_perplexity
+from qtool.job import prepare
+from qtool.journal import Journal, default_folder, is_unfinished
 from qtool.memory import peak_rss_bytes
-from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.pipeline import compress
-from qtool.recipe import CalibrationSpec, QuantSpec, Recipe, RunOptions
+from qtool.protocol import Protocol
+from qtool.publish import check_target
+from qtool.recipe import Recipe, RunOptions
 from qtool.report import fold_names, inspect_file
 from qtool.sizes import format_bytes
 from qtool.verify import verify_against
@@ -26,28 +30,6 @@ TROUBLE = {
     "dropped_tokens": "left out tokens that overflow",
     "uncalibrated": "saw no calibration token",
 }
-
-
-def build_recipe(
-    *,
-    calibration: str,
-    text_field: str,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    embeddings: int,
-    **linears: Any,
-) -> Recipe:
-    """The recipe of a command's options; ConfigError names the value that makes no sense."""
-    source = CalibrationSpec(source=calibration, text_field=text_field, samples=samples, seq_len=seq_len, seed=seed)
-    return Recipe(linears=QuantSpec(**linears), embeddings=embeddings, calibration=source)
-
-
-def default_output(model: str, recipe: Recipe) -> Path:
-    """NAME-BITSbit.qtm in the working directory, after the model's own name."""
-    path = Path(model).expanduser()
-    name = path.stem if path.is_file() else path.resolve().name
-    return Path(f"{name}-{recipe.linears.bits}bit.qtm")
 
 
 def run_compress(
@@ -61,13 +43,8 @@ def run_compress(
 ) -> dict[str, Any]:
     """Compress and describe the file that came of it."""
     # A work folder beside an output that exists: the run may have been killed when nothing but the folder was left.
-    unfinished = (options.work_dir or default_folder(output)).exists()
-    if output.exists() and not options.overwrite and not unfinished:
-        raise ConfigError(f"{output}: exists already; give another --output or --force")
-    if output.is_dir():
-        raise ConfigError(f"{output}: is a folder; give the name of a file")
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output}: its folder does not exist; make it first")
+    unfinished = is_unfinished(options.work_dir or default_folder(output))
+    check_target(output, "--output", overwrite=options.overwrite or unfinished)
     try:
         with quiet_transformers():
             checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
@@ -104,11 +81,21 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def dry_run(
-    model: str, recipe: Recipe, max_memory_bytes: int | None, *, trust_remote_code: bool = False
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    trust_remote_code: bool = False,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
+    """What a run would give. For a target, what was measured stays in the work folder, and the run starts from it."""
     with quiet_transformers(), exact_float32():
         checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-        return estimate_run(BlockwiseModel(checkpoint), recipe, max_memory_bytes)
+        if recipe.target is None:
+            return estimate_run(prepare(checkpoint, recipe, options, None, warn))
+        with Journal(output, options.work_dir) as journal:
+            return estimate_run(prepare(checkpoint, recipe, options, journal, warn))
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:
@@ -119,6 +106,7 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         f"peak memory      at most {format_bytes(estimate['peak_rss_bytes'])}",
         f"work folder      {format_bytes(estimate['work_bytes'])} besides the file, until the run is done",
         f"time             about {estimate['seconds']:.0f} s on this machine",
+        *_format_bits(estimate),
         f"left dense       {len(estimate['left_dense'])} tensors",
     ]
     for reason in dict.fromkeys(row["reason"] for row in estimate["left_dense"]):
@@ -127,15 +115,29 @@ def format_estimate(estimate: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_perplexity(model: str, *, baseline: str | None, **options: Any) -> dict[str, Any]:
+def _format_bits(estimate: dict[str, Any]) -> list[str]:
+    """How many layers of each kind have which bits."""
+    kinds: dict[str, Counter[int]] = {}
+    for row in estimate["layers"]:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), Counter())[row["bits"]] += 1
+    width = max(map(len, kinds), default=0)
+    return [
+        f"  {kind:{width}}  " + ", ".join(f"{bits} bits ×{n}" for bits, n in sorted(counts.items()))
+        for kind, counts in kinds.items()
+    ]
+
+
+def run_perplexity(model: str, *, baseline: str | None, data: str, text_field: str, **protocol: Any) -> dict[str, Any]:
+    asked = Protocol(**protocol)
     with quiet_transformers():
         checkpoint = open_checkpoint(model)
         base = None if baseline is None else open_checkpoint(baseline)
-        return evaluate_perplexity(checkpoint, baseline=base, **options).to_dict()
+        result = evaluate_perplexity(checkpoint, baseline=base, data=data, text_field=text_field, protocol=asked)
+    return {"model": model} | result.to_dict()
 
 
 def format_perplexity(result: dict[str, Any]) -> str:
-    lines = [f"perplexity  {result['perplexity']:.4f}"]
+    lines = [f"PPL = {_estimate(result, 'perplexity')}  (standard error over {result['error_over']})"]
     if "baseline_perplexity" in result:
         ratio = result["perplexity"] / result["baseline_perplexity"]
         lines += [
@@ -143,12 +145,68 @@ def format_perplexity(result: dict[str, Any]) -> str:
             f"KL          mean {result['kl_mean']:.5f} nats, 99th percentile {result['kl_p99']:.5f}",
             f"same top    {result['same_top']:.2%} of the tokens",
         ]
-    lines += [
+    return "\n".join([*lines, *_sample_lines(result)])
+
+
+def run_kl(
+    model: str,
+    *,
+    baseline: str | None,
+    save_baseline: Path | None,
+    baseline_logits: Path | None,
+    data: str,
+    text_field: str,
+    **protocol: Any,
+) -> dict[str, Any]:
+    chosen = _one_baseline(baseline, baseline_logits, save_baseline)
+    asked = Protocol(**protocol)
+    with quiet_transformers():
+        checkpoint = open_checkpoint(model)
+        base = chosen if isinstance(chosen, Path) else open_checkpoint(chosen)
+        result = evaluate_divergence(
+            checkpoint, base, data=data, text_field=text_field, protocol=asked, save_baseline=save_baseline
+        )
+    return {"model": model} | result.to_dict()
+
+
+def _one_baseline(model: str | None, saved: Path | None, save_to: Path | None) -> str | Path:
+    """The model, or the file, to compare with."""
+    if model is not None and saved is not None:
+        raise ConfigError(f"--baseline-logits {saved}: stands for --baseline {model}; give one of the two")
+    chosen = model if saved is None else saved
+    if chosen is None:
+        raise ConfigError("--baseline: none given; give the model to compare with, or --baseline-logits FILE")
+    if save_to is not None and saved is not None:
+        raise ConfigError(f"--save-baseline {save_to}: --baseline-logits {saved} is saved already; give a --baseline")
+    return chosen
+
+
+def format_kl(result: dict[str, Any]) -> str:
+    lines = [
+        f"PPL = {_estimate(result, 'perplexity')}  (standard errors over {result['error_over']})",
+        f"baseline    {_estimate(result, 'baseline_perplexity')}",
+        f"ratio       {_estimate(result, 'perplexity_ratio')}",
+        f"KL          mean {_estimate(result, 'kl_mean', '.5f')} nats",
+        f"            median {result['kl_p50']:.5f}, 95th percentile {result['kl_p95']:.5f}, "
+        f"99th {result['kl_p99']:.5f}, largest {result['kl_max']:.5f}",
+        f"same top    {_estimate(result, 'same_top', '.2%')} of the tokens",
+    ]
+    return "\n".join([*lines, *_sample_lines(result)])
+
+
+def _estimate(result: dict[str, Any], name: str, style: str = ".4f") -> str:
+    error = result.get(f"{name}_error")
+    return f"{result[name]:{style}}" + ("" if error is None else f" +/- {error:{style}}")
+
+
+def _sample_lines(result: dict[str, Any]) -> list[str]:
+    apart = "" if result["stride"] == result["seq_len"] else f", {result['stride']} apart"
+    return [
         f"data        {result['data']}, SHA-256 {result['data_sha256']}",
-        f"windows     {result['windows']} of {result['seq_len']} tokens, {result['tokens']} predicted, "
+        f"protocol    {result['protocol']}, BOS: {result['bos']}",
+        f"windows     {result['windows']} of {result['seq_len']} tokens{apart}, {result['tokens']} scored, "
         f"in {result['seconds']:.0f} s",
     ]
-    return "\n".join(lines)
 
 
 def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, text_field: str) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from qtool.budget import blocks_of, plan_budget
+from qtool.budget import blocks_of
+from qtool.job import Job
 from qtool.model import BlockwiseModel
-from qtool.plan import TensorPlan, plan_tensors
-from qtool.provenance import embedded_files
+from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 from qtool.sizes import bits_per_weight, stored_bytes
 
@@ -25,13 +25,12 @@ FORWARD_EFFICIENCY = 0.7
 SOLVER_OPERATIONS = 100_000
 
 
-def estimate_run(model: BlockwiseModel, recipe: Recipe, max_memory_bytes: int | None = None) -> dict[str, Any]:
+def estimate_run(job: Job) -> dict[str, Any]:
     """Size and bits per weight to the byte but for the header; memory and time to within some tens of percent."""
-    plan = plan_tensors(model, recipe)
-    budget = plan_budget(model, plan, recipe, max_memory_bytes)
+    model, plan, recipe, budget = job.model, job.plan, job.recipe, job.budget
     quantized = sum(t.n_parameters for t in plan if t.spec is not None)
     parameters = sum(t.n_parameters for t in plan)
-    files = sum(map(len, embedded_files(model.checkpoint, model.checkpoint.tokenizer()).values()))
+    files = sum(map(len, job.files.values()))
     return {
         "file_bytes": sum(stored_bytes(t.encoding, t.shape) + _entry_bytes(t) for t in plan) + HEADER_BYTES + files,
         "parameters": parameters,
@@ -40,6 +39,10 @@ def estimate_run(model: BlockwiseModel, recipe: Recipe, max_memory_bytes: int | 
         "peak_rss_bytes": budget.peak_rss_bytes,
         "work_bytes": 2 * budget.states_bytes,
         "seconds": _seconds(model, plan, recipe),
+        "layers": [
+            {"name": t.name, "bits": t.spec.bits, "bytes": stored_bytes(t.encoding, t.shape)} for t in plan if t.spec
+        ],
+        "allocation_gap": job.gap,
         "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
     }
 

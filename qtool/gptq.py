@@ -8,16 +8,19 @@ rows that the paper's Algorithm 1 would get by updating the inverse after every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from formats.layer import QuantizedLinear, group_index
+from formats.layer import Layer, group_index
 from qtool.errors import QuantizeError
-from qtool.grid import Grid, fit_grid
+from qtool.fit import fit_grid
+from qtool.grid import Grid, Trial
+from qtool.outliers import OutlierList, OutlierRule, kept_values, relative_threshold, threshold_of_rate
 from qtool.recipe import QuantSpec
 
 MAX_ELEMENTS = 1 << 22
@@ -25,6 +28,10 @@ MAX_ELEMENTS = 1 << 22
 BLOCK_SIZE = 64
 """Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
 MAX_DAMPING_STEPS = 5
+TRIAL_ROWS = 96
+"""Rows that are solved to compare grids."""
+THRESHOLD_ROWS = 128
+"""Rows that are solved to learn which error the given share of the weights exceeds."""
 INPUT_SCALE_RANGE = (2.0**-10, 2.0**10)  # well inside fp16, with all of its precision
 
 
@@ -39,12 +46,19 @@ class Factor:
     damping: Tensor  # [in] f32: what was added to its diagonal
     percdamp: float  # what it took to factor it
 
+    @property
+    def cost(self) -> Tensor:
+        """[in] f32: 1 / U_jj², what an error in each column costs once the later ones have made up for it."""
+        cost = torch.empty(len(self.perm))
+        cost[self.perm] = self.hinv_chol.diagonal().square().reciprocal()
+        return cost
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
     """A quantized layer and what it cost."""
 
-    layer: QuantizedLinear
+    layer: Layer
     decoded: Tensor  # [out, in] f32: the weight that the file will decode to
     relative_error: float  # tr(d H dᵀ) / tr(W H Wᵀ): share of the output's energy that is lost
 
@@ -125,101 +139,147 @@ def _floored(values: Tensor) -> Tensor:
 
 def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
     """GPTQ of weight [out, in] f32: groups are static, fitted before the first column is rounded."""
-    group_size, scales = spec.groups_of(weight.shape[1]), factor.input_scales
-    metric = factor.damped if spec.scale_search else None
-
-    def solve(rows: Tensor) -> _Rows:
-        stored = rows if scales is None else rows / scales
-        grid = fit_grid(stored, group_size, spec.bits, symmetric=spec.symmetric, hessian=metric)
-        codes = _round_columns(stored, factor, grid, group_size, spec.bits)
-        return _rows(stored, codes, grid, group_size, factor)
-
-    return _solution(weight, solve, spec, scales)
+    grid, rule = fit_layer(weight, factor, spec)
+    return _solve(weight, grid, spec, factor, rule)
 
 
 def rtn_quantize(weight: Tensor, spec: QuantSpec) -> Solution:
     """Round to nearest: every weight on its own, no calibration; the error reported is that of the weights."""
-    group_size = spec.groups_of(weight.shape[1])
-
-    def solve(rows: Tensor) -> _Rows:
-        grid = fit_grid(rows, group_size, spec.bits, symmetric=spec.symmetric)
-        groups = torch.from_numpy(group_index(rows.shape[1], group_size))
-        codes = grid.round(rows.T, groups, 2**spec.bits - 1)
-        return _rows(rows, codes, grid, group_size, None)
-
-    return _solution(weight, solve, spec, None)
+    return _solve(weight, fit_grid(weight, spec), spec, None, None)
 
 
-def _round_columns(
-    weight: Tensor, factor: Factor, grid: Grid, group_size: int, bits: int, block_size: int = BLOCK_SIZE
-) -> Tensor:
-    """The codes [in, out] f32 (rows in the layer's own column order) of GPTQ's loop over columns."""
-    free = weight.T[factor.perm].contiguous()  # [in, out]: a column of the paper is a contiguous row here
-    codes = torch.empty_like(free)
-    groups = (factor.perm // group_size).tolist()
-    diagonal = factor.hinv_chol.diagonal().tolist()
-    for start in range(0, len(free), block_size):
-        stop = min(start + block_size, len(free))
-        errors = torch.empty_like(free[start:stop])
-        for j in range(start, stop):
-            codes[j] = grid.round(free[j], groups[j], 2**bits - 1)
-            error = errors[j - start]
-            torch.sub(free[j], grid.decode(codes[j], groups[j]), out=error).div_(diagonal[j])
-            free[j + 1 : stop].addr_(factor.hinv_chol[j, j + 1 : stop], error, alpha=-1)
-        free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors, alpha=-1)
-    ordered = torch.empty_like(codes)
-    ordered[factor.perm] = codes
-    return ordered
+def fit_layer(weight: Tensor, factor: Factor, spec: QuantSpec) -> tuple[Grid, OutlierRule | None]:
+    """The grid of weight [out, in], and the rule by which its outliers are kept."""
+    rule = None
+    if spec.keeps_outliers:
+        rule = OutlierRule(_threshold(weight, factor, spec), factor.cost)
+    grid = fit_grid(weight, spec, factor.input_scales, factor.cost, _metric(factor, spec), rule)
+    return (grid.refined(_trial(weight, factor, spec, rule)) if spec.scale_search else grid), rule
+
+
+def _trial(weight: Tensor, factor: Factor, spec: QuantSpec, rule: OutlierRule | None) -> Callable[[Grid], Trial]:
+    """Solves some rows of weight [out, in] with a grid for all of it."""
+    rows = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
+    stored = weight[rows] if factor.input_scales is None else weight[rows] / factor.input_scales
+    groups = torch.from_numpy(group_index(weight.shape[1], spec.groups_of(weight.shape[1])))
+
+    def trial(grid: Grid) -> Trial:
+        solved, errors = _round_columns(stored, factor, grid.rows(rows), groups, rule)
+        weights = solved.decoded.clone()
+        weights[factor.perm] += errors * factor.hinv_chol.diagonal()[:, None]
+        return Trial(float(errors.square().sum()), solved.codes, weights, groups, rows)
+
+    return trial
+
+
+def _metric(factor: Factor, spec: QuantSpec) -> Tensor | None:
+    return factor.damped if spec.scale_search else None
+
+
+def _threshold(weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
+    """What the error of a weight must cost to be kept; by a rate, the least that keeps no more of some of the rows."""
+    cost = factor.cost if factor.input_scales is None else factor.cost / factor.input_scales.square()
+    unit = relative_threshold(weight, cost)
+    if spec.outlier_threshold:
+        return spec.outlier_threshold * unit
+    rows = weight[:: max(1, len(weight) // THRESHOLD_ROWS)]
+    return unit * threshold_of_rate(spec.outliers, lambda t: _kept_share(rows, factor, spec, unit * t))
+
+
+def _kept_share(weight: Tensor, factor: Factor, spec: QuantSpec, threshold: float) -> float:
+    """The share of weight [rows, in] that is kept at a threshold."""
+    rule, kept = OutlierRule(threshold, factor.cost), OutlierList()
+    grid = fit_grid(weight, spec, factor.input_scales, factor.cost, _metric(factor, spec), rule)
+    stored = weight if factor.input_scales is None else weight / factor.input_scales
+    groups = torch.from_numpy(group_index(weight.shape[1], spec.groups_of(weight.shape[1])))
+    _round_columns(stored, factor, grid, groups, rule, partial(kept.add, 0))
+    return len(kept) / weight.numel()
+
+
+def _solve(weight: Tensor, grid: Grid, spec: QuantSpec, factor: Factor | None, rule: OutlierRule | None) -> Solution:
+    """Solve weight [out, in] a stripe of rows at a time: rows do not touch each other, and temporaries stay small."""
+    out_features, in_features = weight.shape
+    group_size, kept = spec.groups_of(in_features), OutlierList()
+    groups = torch.from_numpy(group_index(in_features, group_size))
+    scales = None if factor is None else factor.input_scales
+    metric = (None, None) if factor is None else (factor.damped, factor.damping)
+    decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    codes = np.empty((out_features, in_features), np.uint8)
+    stripes = _stripes(weight.shape, grid.row_step)
+    for rows in stripes:
+        stored = weight[rows] if scales is None else weight[rows] / scales
+        solved = _quantize_rows(stored, grid.rows(rows), groups, factor, rule, partial(kept.add, rows.start))
+        codes[rows] = solved.codes.numpy().T
+        decoded[rows] = solved.decoded.T
+    if factor is not None and spec.outliers:
+        kept.cut(round(spec.outliers * weight.numel()), factor.cost)
+    kept.add_to(decoded)
+    lost = energy = 0.0
+    for rows in stripes:
+        stored = weight[rows] if scales is None else weight[rows] / scales
+        lost += output_energy(stored - decoded[rows], *metric)
+        energy += output_energy(stored, *metric)
+    fp16_scales = None if scales is None else scales.numpy().astype(np.float16)
+    layer = grid.layer(codes, group_size, fp16_scales, kept.sparse((out_features, in_features)))
+    return Solution(layer, decoded if scales is None else decoded.mul_(scales), relative_error(lost, energy))
+
+
+def _stripes(shape: Sequence[int], row_step: int) -> list[slice]:
+    """Rows that are solved together."""
+    step = max(1, MAX_ELEMENTS // (shape[1] * row_step)) * row_step
+    return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Some rows of a solution, as the file will hold them."""
+class _Solved:
+    """Some rows, transposed as the solver works on them, in the layer's own column order."""
 
-    codes: np.ndarray  # [rows, in] u8
-    scales: np.ndarray  # [rows, G] f16
-    zeros: np.ndarray  # [rows, G] u8
-    decoded: Tensor  # [rows, in] f32, input scales not applied
-    lost: float  # tr(d H dᵀ)
-    energy: float  # tr(W H Wᵀ)
+    codes: Tensor  # [in, rows] u8
+    decoded: Tensor  # [in, rows] f32, without what was kept of outliers and without input scales
 
 
-def _rows(stored: Tensor, codes: Tensor, grid: Grid, group_size: int, factor: Factor | None) -> _Rows:
-    """For rows `stored` [rows, in], their input scales divided out, and their codes [in, rows]."""
-    groups = torch.from_numpy(group_index(len(codes), group_size))
-    decoded = grid.decode(codes, groups).T.contiguous()
-    metric = (None, None) if factor is None else (factor.damped, factor.damping)
-    return _Rows(
-        codes=_numpy(codes, np.uint8),
-        scales=_numpy(grid.scales, np.float16),
-        zeros=_numpy(grid.zeros, np.uint8),
-        decoded=decoded,
-        lost=output_energy(stored - decoded, *metric),
-        energy=output_energy(stored, *metric),
-    )
+def _quantize_rows(
+    stored: Tensor,
+    grid: Grid,
+    groups: Tensor,
+    factor: Factor | None,
+    rule: OutlierRule | None,
+    keep: Callable[[int, Tensor], None],
+) -> _Solved:
+    if factor is None:
+        codes, decoded = grid.quantize(stored.T, groups)
+        return _Solved(codes.to(torch.uint8), decoded)
+    return _round_columns(stored, factor, grid, groups, rule, keep)[0]
 
 
-def _solution(
-    weight: Tensor, solve: Callable[[Tensor], _Rows], spec: QuantSpec, input_scales: Tensor | None
-) -> Solution:
-    """Solve weight [out, in] a stripe of rows at a time: rows do not touch each other, and temporaries stay small."""
-    decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    stripes = []
-    step = max(1, MAX_ELEMENTS // weight.shape[1])
-    for rows, target in zip(weight.split(step), decoded.split(step), strict=True):
-        stripe = solve(rows)
-        target.copy_(stripe.decoded)
-        stripes.append(replace(stripe, decoded=target))
-    layer = QuantizedLinear(
-        codes=np.concatenate([stripe.codes for stripe in stripes]),
-        scales=np.concatenate([stripe.scales for stripe in stripes]),
-        zeros=None if spec.symmetric else np.concatenate([stripe.zeros for stripe in stripes]),
-        bits=spec.bits,
-        group_size=spec.groups_of(weight.shape[1]),
-        input_scales=None if input_scales is None else input_scales.numpy().astype(np.float16),
-    )
-    error = relative_error(sum(stripe.lost for stripe in stripes), sum(stripe.energy for stripe in stripes))
-    return Solution(layer, decoded if input_scales is None else decoded.mul_(input_scales), error)
+def _round_columns(
+    weight: Tensor,
+    factor: Factor,
+    grid: Grid,
+    groups: Tensor,
+    rule: OutlierRule | None = None,
+    keep: Callable[[int, Tensor], None] = lambda column, kept: None,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[_Solved, Tensor]:
+    """GPTQ's loop over the columns of weight [rows, in]; `keep` is handed each column's outliers.
+
+    groups: [in] i64.  -> (the solution, each column's error over U_jj [in, rows] in the order of rounding: its square
+    is what it costs)
+    """
+    free = weight.T[factor.perm].contiguous()  # [in, rows]: a column of the paper is a contiguous row here
+    solved = _Solved(torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free))
+    errors = torch.empty_like(free)
+    for start in range(0, len(free), block_size):
+        stop = min(start + block_size, len(free))
+        columns, block = factor.perm[start:stop], factor.hinv_chol[start:stop, start:stop]
+        limits = None if rule is None else rule.limits(block.diagonal())
+        codes, decoded, errors[start:stop] = grid.round_block(free[start:stop], block, groups[columns], limits)
+        if limits is not None:
+            for column, kept in zip(columns.tolist(), kept_values(free[start:stop] - decoded, limits), strict=True):
+                keep(column, kept)
+        solved.codes[columns], solved.decoded[columns] = codes, decoded
+        free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    return solved, errors
 
 
 def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:
@@ -231,8 +291,3 @@ def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None
 def relative_error(lost: float, energy: float) -> float:
     """SPEC 5.5: the share `lost` of a layer's output energy."""
     return max(lost, 0.0) / max(energy, 1e-30)
-
-
-def _numpy(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:
-    """[rows, out] -> numpy [out, rows], contiguous."""
-    return np.ascontiguousarray(transposed.numpy().T.astype(dtype))

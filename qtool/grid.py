@@ -1,18 +1,22 @@
-"""The grid of a group: fit (scale, zero) to weights, round weights to codes.
+"""What a layer's weights are rounded to: fitted once for a stripe of rows, then asked column by column.
 
-A grid is fitted against the scale as it is stored, that is after rounding to fp16, so that nothing
-downstream ever sees another value. Decoding is `formats.layer.decode`, here as in the loader.
+A grid is fitted against its scales as they are stored, so that nothing downstream ever sees another value. Decoding
+is `formats.layer.decode`, here as in the loader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from formats.layer import decode
+from formats.layer import Layer, QuantizedLinear, SparseOutliers, TwoLevel, decode
+from qtool.outliers import OutlierRule
+from qtool.statistics import round_two_level
 
 SHRINK_STEPS = 24
 SHRINK_MIN = 0.6  # a group's best range is rarely below this share of its largest weight
@@ -21,18 +25,109 @@ FP16_TINY = 2.0**-24  # the smallest scale that fp16 stores; an all-zero group g
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Grid:
-    """scales [G, out] f32 with fp16 values; zeros [G, out] f32 with integer values in 0 .. 2**bits - 1."""
+class Trial:
+    """Some rows of a layer solved with a grid: [in, n] each, in the layer's own column order."""
+
+    cost: float  # the sum of what all errors cost
+    codes: Tensor  # u8
+    weights: Tensor  # f32: what each weight had become when it was rounded
+    groups: Tensor  # [in] i64: the group of each column
+    rows: slice  # which of the layer's
+
+
+class Grid(ABC):
+    """The values that the weights of a layer can take."""
+
+    row_step: int = 1  # rows are solved in stripes that begin on a multiple of it
+
+    @abstractmethod
+    def rows(self, stripe: slice) -> Grid:
+        """The grid of some rows, to quantize them with."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, what they decode to) for a column [out] of `group`, or columns [n, out] with their groups [n]."""
+
+    def round_block(
+        self, free: Tensor, chol: Tensor, groups: Tensor, limits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """GPTQ over the columns of a block: (codes, decoded, errors over U_jj), each [b, rows].
+
+        free: [b, rows] f32, changed: each column's error is made up for by those behind it; chol: [b, b], their U;
+        groups: [b]; limits: [b], an error beyond which is an outlier's: it is stored, and leaves nothing to make up for
+        """
+        codes, decoded, errors = (
+            torch.empty(free.shape, dtype=torch.uint8),
+            torch.empty_like(free),
+            torch.empty_like(free),
+        )
+        pivots = chol.diagonal().tolist()
+        for j, group in enumerate(groups.tolist()):
+            codes[j], decoded[j] = self.quantize(free[j], group)
+            torch.sub(free[j], decoded[j], out=errors[j])
+            if limits is not None:
+                errors[j].masked_fill_(errors[j].abs() > limits[j], 0)
+            errors[j].div_(pivots[j])
+            free[j + 1 :].addr_(chol[j, j + 1 :], errors[j], alpha=-1)
+        return codes, decoded, errors
+
+    def refined(self, trial: Callable[[Grid], Trial]) -> Grid:
+        """A grid that loses less, found by trial."""
+        return self
+
+    @abstractmethod
+    def layer(
+        self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None
+    ) -> Layer:
+        """The layer as the file will hold it, from codes [out, in] u8."""
+
+
+@dataclass(frozen=True, eq=False)
+class UniformGrid(Grid):
+    """scale * (code - zero): scales [G, out] f32 as stored; zeros [G, out] f32, in two levels not integers."""
 
     scales: Tensor
     zeros: Tensor
+    bits: int
+    symmetric: bool = False
+    levels: tuple[TwoLevel, TwoLevel | None] | None = None  # scales and zeros as stored, in two levels
 
-    def round(self, weight: Tensor, group: int | Tensor, max_code: int) -> Tensor:
-        """The codes [..., out] f32 nearest to weight [..., out] on the grid of `group`."""
-        return torch.round(weight / self.scales[group]).add_(self.zeros[group]).clamp_(0, max_code)
+    def rows(self, stripe: slice) -> UniformGrid:
+        return UniformGrid(self.scales[:, stripe], self.zeros[:, stripe], self.bits, self.symmetric)
 
-    def decode(self, codes: Tensor, group: int | Tensor) -> Tensor:
-        return decode(codes, self.scales[group], self.zeros[group])
+    def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self.scales[group], self.zeros[group]
+        codes = round_to_codes(weight, scale, zero, self.bits).abs_()  # the file has no code -0, whose sign would last
+        return codes, decode(codes, scale, zero)
+
+    def layer(
+        self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None
+    ) -> QuantizedLinear:
+        scales: np.ndarray | TwoLevel = fp16_rows(self.scales)
+        zeros: np.ndarray | TwoLevel | None = None
+        if self.levels is not None:
+            scales, zeros = self.levels
+        elif not self.symmetric:
+            zeros = np.ascontiguousarray(self.zeros.numpy().T.astype(np.uint8))
+        return QuantizedLinear(
+            codes=codes,
+            scales=scales,
+            zeros=zeros,
+            bits=self.bits,
+            group_size=group_size,
+            input_scales=input_scales,
+            outliers=outliers,
+        )
+
+
+def round_to_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The codes nearest to `weight`; a scale of zero, which two-level statistics can give, decodes every code alike."""
+    return torch.round(weight / scale.where(scale != 0, 1.0) + zero).clamp_(0, 2**bits - 1)
+
+
+def fp16_rows(scales: Tensor) -> np.ndarray:
+    """[G, out] f32 -> [out, G] f16."""
+    return np.ascontiguousarray(scales.numpy().T.astype(np.float16))
 
 
 def group_slices(in_features: int, group_size: int) -> Iterator[slice]:
@@ -41,44 +136,85 @@ def group_slices(in_features: int, group_size: int) -> Iterator[slice]:
         yield slice(start, min(start + group_size, in_features))
 
 
-def fit_grid(weight: Tensor, group_size: int, bits: int, *, symmetric: bool, hessian: Tensor | None = None) -> Grid:
-    """The grid of every group of weight [out, in].
+def fit_uniform(
+    weight: Tensor,
+    group_size: int,
+    bits: int,
+    *,
+    symmetric: bool,
+    input_scales: Tensor | None = None,
+    hessian: Tensor | None = None,
+    stat_bits: int = 0,
+    stat_rows: int = 16,
+    rule: OutlierRule | None = None,
+) -> UniformGrid:
+    """The grid of every group of weight [out, in], its input scales [in] divided out.
 
     Without a Hessian the range is the group's smallest to largest weight, zero included. With the (damped)
     hessian [in, in] the range shrinks to where dᵀ H_g d is least, d being the rounding error of one row's
-    group and H_g the group's own block of the Hessian.
+    group and H_g the group's own block of the Hessian. With a rule, weights that it calls outliers do not count.
     """
-    scales, zeros = [], []
+
+    def ranges(rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        if rule is not None:
+            rows = rule.without_outliers(rows, columns, lambda w, low, high: _decoded(w, low, high, bits, symmetric))
+        low, high = full_range(rows, symmetric)
+        if hessian is None:
+            return low, high
+        return search_range(
+            low, high, lambda a, b: _weighted_error(rows, a, b, bits, symmetric, hessian[columns, columns])
+        )
+
+    low, high = fit_ranges(weight, input_scales, group_size, ranges)
+    scales, zeros = range_to_grid(low, high, bits, symmetric)
+    if not stat_bits:
+        return UniformGrid(scales, zeros, bits, symmetric)
+    stored, scales = round_two_level((high - low) / (2**bits - 1), stat_bits, stat_rows)
+    if symmetric:
+        return UniformGrid(scales, zeros, bits, symmetric, (stored, None))
+    stored_zeros, zeros = round_two_level(-low / scales.where(scales != 0, 1.0), stat_bits, stat_rows)
+    return UniformGrid(scales, zeros, bits, symmetric, (stored, stored_zeros))
+
+
+def fit_ranges(
+    weight: Tensor,
+    input_scales: Tensor | None,
+    group_size: int,
+    fit: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """(low, high) [G, out] of every group of weight [out, in], by `fit` on some rows [n, g] and the group's columns."""
+    lows, highs = [], []
     for columns in group_slices(weight.shape[1], group_size):
-        metric = None if hessian is None else hessian[columns, columns]
         rows = max(1, MAX_ELEMENTS // (columns.stop - columns.start))
-        parts = [_fit_group(w, bits, symmetric, metric) for w in weight[:, columns].split(rows)]
-        scales.append(torch.cat([scale for scale, _ in parts]))
-        zeros.append(torch.cat([zero for _, zero in parts]))
-    return Grid(torch.stack(scales), torch.stack(zeros))
+        factors = 1 if input_scales is None else input_scales[columns]
+        parts = [fit(w / factors, columns) for w in weight[:, columns].split(rows)]
+        lows.append(torch.cat([low for low, _ in parts]))
+        highs.append(torch.cat([high for _, high in parts]))
+    return torch.stack(lows), torch.stack(highs)
 
 
-def _fit_group(weight: Tensor, bits: int, symmetric: bool, metric: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(scale [rows], zero [rows]) for weight [rows, g]."""
+def full_range(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """(low, high) [rows] that hold all of weight [rows, g], and zero."""
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale, zero = _range_to_grid(low, high, bits, symmetric)
-    if metric is None:
-        return scale, zero
-    best = _weighted_error(weight, scale, zero, bits, metric)
-    for shrink in torch.linspace(1, SHRINK_MIN, SHRINK_STEPS)[1:].tolist():
-        trial_scale, trial_zero = _range_to_grid(low * shrink, high * shrink, bits, symmetric)
-        error = _weighted_error(weight, trial_scale, trial_zero, bits, metric)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, trial_scale, scale)
-        zero = torch.where(better, trial_zero, zero)
-    return scale, zero
+    return low, high
 
 
-def _range_to_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def search_range(low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The range, shrunk to where its cost [rows] is least, for every row on its own."""
+    best, shrink = cost(low, high), torch.ones_like(low)
+    for trial in torch.linspace(1, SHRINK_MIN, SHRINK_STEPS)[1:].tolist():
+        found = cost(low * trial, high * trial)
+        better = found < best
+        best = torch.where(better, found, best)
+        shrink.masked_fill_(better, trial)
+    return low * shrink, high * shrink
+
+
+def range_to_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """(scale as fp16 stores it, integer zero), both f32."""
     max_code = 2**bits - 1
     scale = ((high - low) / max_code).half().float().clamp_(min=FP16_TINY)
     if symmetric:
@@ -86,8 +222,13 @@ def _range_to_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tup
     return scale, torch.round(-low / scale).clamp_(0, max_code)
 
 
-def _weighted_error(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, metric: Tensor) -> Tensor:
+def _decoded(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """weight [rows, g] rounded to the grid of the range (low, high) [rows]."""
+    scale, zero = (values[:, None] for values in range_to_grid(low, high, bits, symmetric))
+    return decode(round_to_codes(weight, scale, zero, bits), scale, zero)
+
+
+def _weighted_error(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, metric: Tensor) -> Tensor:
     """dᵀ metric d for each row's rounding error d: [rows]."""
-    codes = torch.round(weight / scale[:, None]).add_(zero[:, None]).clamp_(0, 2**bits - 1)
-    error = decode(codes, scale[:, None], zero[:, None]).sub_(weight)
+    error = _decoded(weight, low, high, bits, symmetric).sub_(weight)
     return (error @ metric).mul_(error).sum(1)

@@ -5,6 +5,7 @@
     sections        the file so far, as formats.writer writes it
     states.*        the hidden states that the next block reads (qtool.states)
     self.*.npy      the sample that the model wrote itself, if it did
+    sweep.json      what each layer loses at each width, for a target; it stays when the run is over, for another one
 
 A step is finished once its line is on the disk, and the line is written after everything that it speaks of.
 """
@@ -31,7 +32,10 @@ from qtool.lock import locked_folder, locked_output
 from qtool.states import STATES_FILES
 
 MANIFEST, LINES, SECTIONS = "manifest.json", "journal.jsonl", "sections"
+SWEEP, SWEEP_STATES = "sweep.json", ("sweep.0", "sweep.1")
 _FILES = (*STATES_FILES, SECTIONS, LINES, f"{MANIFEST}.new", MANIFEST)  # in the order in which they are removed
+_MEASURING = (f"{SWEEP}.new", *SWEEP_STATES)
+SPREAD_BITS = "bits"  # in a run's identity: what a target gave every layer
 _SAMPLES = "self.*.npy*"
 _DIGITS = 16  # of the SHA-256 before each line
 _CHUNK_BYTES = 1 << 20
@@ -71,6 +75,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._locks:
+            self._clear_measuring()
             if error is not None and self._identity and not self._hopeless and (self.steps or self.sample.exists()):
                 error.add_note(f"{self.progress} are kept in {self.folder}, the same command goes on from there")
                 return
@@ -100,7 +105,12 @@ class Journal:
     @property
     def sample(self) -> Path:
         """Where a sample that the model wrote itself is kept: it is this run's alone."""
-        return self.folder / f"self.{_check(json.dumps(self._identity))}.npy"
+        return self.sample_of(self._identity or {})
+
+    def sample_of(self, identity: Mapping[str, Any]) -> Path:
+        """The same, for a run that has yet to begin: the bits that a target spreads follow from the sample."""
+        before = {name: value for name, value in identity.items() if name != SPREAD_BITS}
+        return self.folder / f"self.{_check(json.dumps(before))}.npy"
 
     @property
     def entries(self) -> list[TensorEntry]:
@@ -164,7 +174,7 @@ class Journal:
 
     def _refuse_foreign_files(self) -> None:
         for path in self.folder.iterdir():
-            if path.name not in _FILES and not fnmatch(path.name, _SAMPLES):
+            if path.name not in (*_FILES, *_MEASURING, SWEEP) and not fnmatch(path.name, _SAMPLES):
                 raise ConfigError(f"{self.folder}: has {path.name!r} in it, which is no run's; give a new --work-dir")
 
     def _manifest(self) -> Any:
@@ -185,10 +195,21 @@ class Journal:
         os.truncate(path, end)
         return steps
 
+    def _clear_measuring(self) -> None:
+        """What was measured stays; what it took, which is large, does not."""
+        for path in self.folder.iterdir():
+            if path.name in _MEASURING:
+                path.unlink()
+
     def _clear(self, keep: Path | None = None) -> None:
         for path in (*self.folder.glob(_SAMPLES), *(self.folder / name for name in _FILES)):
             if path != keep:
                 path.unlink(missing_ok=True)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run may have left something to go on with, or an empty folder to remove."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] != [SWEEP]
 
 
 def default_folder(output: Path) -> Path:

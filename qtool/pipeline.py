@@ -5,38 +5,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from calibration.errors import CalibrationError
 from calibration.hessian import LayerStats
 from calibration.windows import TokenWindows
-from formats.encoding import Dense, Uniform, encoding_of
+from formats.encoding import Encoding, encoding_of
 from formats.errors import FormatError, error_context
 from formats.header import TensorEntry
 from formats.section import pack
 from formats.skeleton import set_tensor
 from formats.writer import BytesLike, Writer
-from qtool.budget import Budget, check_disk, plan_budget
+from qtool.budget import check_disk
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError, QuantizeError
 from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
+from qtool.int8 import int8_quantize
+from qtool.job import Job, draw_windows, prepare
 from qtool.journal import Journal
 from qtool.memory import reset_peak
-from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import dense_section, rounded_section
-from qtool.plan import TensorPlan, plan_tensors
-from qtool.provenance import embedded_files, header_members, machine, run_identity, source_files
+from qtool.plan import TensorPlan, by_input
+from qtool.provenance import header_members, machine
 from qtool.recipe import Recipe, RunOptions
 from qtool.runlog import RunLog, RunReport
-from qtool.sample import draw_sample
 from qtool.states import HiddenStates, advance, calibrate
 
 _OWN_ERRORS = (CheckpointError, QuantizeError, CalibrationError, FormatError)
@@ -60,7 +59,7 @@ def compress(
     _refuse_same_paths(output, options)
     reset_peak()
     with exact_float32(), RunLog(options.log_file) as log, Journal(output, options.work_dir) as journal:
-        job = _prepare(checkpoint, recipe, options, warn)
+        job = prepare(checkpoint, recipe, options, journal, warn)
         journal.begin(job.identity(), 1 + len(job.model.blocks), restart=options.restart)
         if not journal.is_published:
             if output.exists() and not options.overwrite:
@@ -69,7 +68,8 @@ def compress(
                 journal.check()
                 warn(f"resumes after {journal.progress}, kept in {journal.folder}")
             check_disk(journal, job.plan, job.files, job.budget)
-            windows = _windows(job, journal, warn)
+            windows = job.windows or draw_windows(job, journal, warn)
+            _check_resumed(journal, windows, warn)
             job.budget.check_now("the calibration text")
             journal.start()
             with Writer(output, options.overwrite, part=journal.sections, written=journal.entries) as writer:
@@ -90,55 +90,13 @@ def _refuse_same_paths(output: Path, options: RunOptions) -> None:
             raise ConfigError(f"{option} {path}: is the output itself; give another")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """What is to be done, all of it decided before the first tensor is read."""
-
-    model: BlockwiseModel
-    tokenizer: PreTrainedTokenizerBase
-    recipe: Recipe
-    plan: list[TensorPlan]
-    budget: Budget
-    sources: list[dict[str, Any]]
-    files: dict[str, bytes]
-
-    def identity(self) -> dict[str, Any]:
-        batch = {"windows_per_batch (by --max-memory)": self.budget.windows_per_batch}  # sums are rounded by it
-        return run_identity(self.model, self.recipe, self.sources, self.files, **batch)
-
-
-def _prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None]) -> _Job:
-    tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
-    model = BlockwiseModel(checkpoint)
-    if unused := checkpoint.unused():
-        names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
-    plan = plan_tensors(model, recipe)
-    return _Job(
-        model=model,
-        tokenizer=tokenizer,
-        recipe=recipe,
-        plan=plan,
-        budget=plan_budget(model, plan, recipe, options.max_memory_bytes),
-        sources=source_files(checkpoint),
-        files=embedded_files(checkpoint, tokenizer),
-    )
-
-
-def _windows(job: _Job, journal: Journal, warn: Callable[[str], None]) -> TokenWindows | None:
-    """The calibration windows, which have to be those that a resumed run was begun with."""
-    windows = None
-    if job.recipe.n_windows:
-        windows = draw_sample(job.model, job.recipe, job.tokenizer, keep_own=journal.sample)
-        for line in (*windows.warnings, *windows.notes):
-            warn(line)
-        release_free_memory()  # the tokenizer's
+def _check_resumed(journal: Journal, windows: TokenWindows | None, warn: Callable[[str], None]) -> None:
+    """The windows have to be those that a resumed run was begun with."""
     if journal.steps:
         begun = journal.steps[0].report
         journal.check_same("calibration_sha256", windows and windows.sha256)
         if begun["machine"] != machine():
             warn(f"begun on {begun['machine']}, goes on with {machine()}: a few codes can differ from a run in one go")
-    return windows
 
 
 @contextmanager
@@ -161,7 +119,7 @@ def _giving_up(journal: Journal) -> Iterator[None]:
 class _Run:
     """One pass over the model, from the first tensor to the last; what the journal has is left out."""
 
-    def __init__(self, job: _Job, writer: Writer, journal: Journal, log: RunLog) -> None:
+    def __init__(self, job: Job, writer: Writer, journal: Journal, log: RunLog) -> None:
         self.model, self.budget = job.model, job.budget
         self.writer, self.journal, self.log = writer, journal, log
         self.plan = {tensor.name: tensor for tensor in job.plan}
@@ -241,7 +199,7 @@ class _Run:
         release_free_memory()
         block = f"{self.model.block_name(index)}."
         tensors = [self.plan[name] for name in self.model.tensor_names(block)]
-        groups = _by_input([t for t in tensors if t.spec is not None], stats)
+        groups = by_input([t for t in tensors if t.spec is not None], stats)
         while groups:
             readers, shared = groups.pop(0)  # statistics go as soon as they have been used
             for tensor, solution in self._solve(readers, shared):
@@ -264,6 +222,8 @@ class _Run:
             with error_context(tensor.name):
                 if tensor.spec.method == "rtn" or stats is None:
                     solution = rtn_quantize(weight, tensor.spec)
+                elif tensor.spec.method == "int8":
+                    solution = int8_quantize(weight, stats, tensor.spec)
                 else:
                     factor = factor or factorize(stats, [weight, *weights], tensor.spec, tensor.name)
                     solution = gptq_quantize(weight, factor, tensor.spec)
@@ -299,17 +259,5 @@ class _Run:
         encoding, error = encoding_of(solution.layer), solution.relative_error
         self._append(tensor, encoding, pack(solution.layer), relative_error=error, transposed=tensor.transposed)
 
-    def _append(self, tensor: TensorPlan, encoding: Dense | Uniform, section: BytesLike, **fields: Any) -> None:
+    def _append(self, tensor: TensorPlan, encoding: Encoding, section: BytesLike, **fields: Any) -> None:
         self.entries.append(self.writer.add_tensor(tensor.name, tensor.shape, encoding, section, **fields))
-
-
-def _by_input(
-    tensors: list[TensorPlan], stats: dict[str, LayerStats]
-) -> list[tuple[list[TensorPlan], LayerStats | None]]:
-    """Linears grouped by the statistics they share, in the model's order; without statistics, each alone."""
-    groups: dict[int, tuple[list[TensorPlan], LayerStats | None]] = {}
-    for tensor in tensors:
-        shared = stats.pop(tensor.layer, None)
-        key = -1 - len(groups) if shared is None else id(shared)
-        groups.setdefault(key, ([], shared))[0].append(tensor)
-    return list(groups.values())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from formats.encoding import Dense, Uniform
+from calibration.hessian import LayerStats
+from formats.encoding import Dense, Encoding
 from formats.skeleton import is_linear, is_transposed_linear, split_name
 from qtool.checkpoint import find_tensor
+from qtool.errors import ConfigError
+from qtool.fit import planned_encoding
 from qtool.model import BlockwiseModel
 from qtool.recipe import QuantSpec, Recipe
 
@@ -20,11 +25,12 @@ class TensorPlan:
 
     name: str
     shape: tuple[int, ...]  # as stored: [out, in] for every linear
-    encoding: Dense | Uniform
+    encoding: Encoding
     spec: QuantSpec | None  # None: left dense
     reason: str = ""
     transposed: bool = False
     in_block: bool = False
+    is_overridden: bool = False  # by --layer: its bits are not a target's to choose
 
     @property
     def layer(self) -> str:
@@ -41,28 +47,57 @@ class TensorPlan:
         return self.in_block and len(self.shape) == 2
 
 
-def plan_tensors(model: BlockwiseModel, recipe: Recipe) -> list[TensorPlan]:
-    """The plan of every tensor in the order of the file: what lies outside the blocks, then block by block."""
+def plan_tensors(
+    model: BlockwiseModel, recipe: Recipe, specs: Mapping[str, QuantSpec] | None = None
+) -> list[TensorPlan]:
+    """The plan of every tensor in the order of the file: what lies outside the blocks, then block by block.
+
+    specs: those that a target chose, by the tensor's name. ConfigError for a pattern that matches no tensor.
+    """
     inside = [name for i in range(len(model.blocks)) for name in model.tensor_names(f"{model.block_name(i)}.")]
     outside = [_plan_tensor(model, name, recipe, in_block=False) for name in model.outside_names()]
-    return outside + [_plan_tensor(model, name, recipe, in_block=True) for name in inside]
+    plan = outside + [_plan_tensor(model, name, recipe, in_block=True) for name in inside]
+    _refuse_idle_patterns(plan, recipe)
+    return [_with_spec(tensor, (specs or {}).get(tensor.name)) for tensor in plan]
+
+
+def _with_spec(tensor: TensorPlan, spec: QuantSpec | None) -> TensorPlan:
+    if spec is None:
+        return tensor
+    return replace(tensor, spec=spec, encoding=planned_encoding(spec, tensor.shape))
+
+
+def _refuse_idle_patterns(plan: list[TensorPlan], recipe: Recipe) -> None:
+    """A pattern that matches nothing is a misspelt one."""
+    names = [tensor.name for tensor in plan if len(tensor.shape) > 1]
+    for option, patterns in (("--ignore", recipe.ignore), ("--layer", [pattern for pattern, _ in recipe.layers])):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise ConfigError(f"{option} {pattern!r}: matches no layer; they are called as {names[-1]}")
+
+
+def by_input(
+    tensors: list[TensorPlan], stats: Mapping[str, LayerStats]
+) -> list[tuple[list[TensorPlan], LayerStats | None]]:
+    """Linears grouped by the statistics they share, in the model's order; without statistics, each alone."""
+    groups: dict[int, tuple[list[TensorPlan], LayerStats | None]] = {}
+    for tensor in tensors:
+        shared = stats.get(tensor.layer)
+        groups.setdefault(id(shared or tensor), ([], shared))[0].append(tensor)
+    return list(groups.values())
 
 
 def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: bool) -> TensorPlan:
     module = model.skeleton.get_submodule(split_name(name)[0])
     shape = tuple(find_tensor(model.skeleton, name).shape)
     spec, reason = _spec_for(module, name, shape, recipe, in_block, is_head=_is_head(model, name))
+    spec, reason, is_overridden = _overridden(name, spec, reason, recipe)
     transposed = spec is not None and is_transposed_linear(module)
     if transposed:
         shape = shape[::-1]
-    encoding: Dense | Uniform = Dense(model.checkpoint.stored_dtype(name))
+    encoding: Encoding = Dense(model.checkpoint.stored_dtype(name))
     if spec is not None:
-        encoding = Uniform(
-            bits=spec.bits,
-            group_size=spec.groups_of(shape[1]),
-            symmetric=spec.symmetric,
-            input_scales=spec.input_scales,
-        )
+        encoding = planned_encoding(spec, shape)
     return TensorPlan(
         name=name,
         shape=shape,
@@ -71,7 +106,21 @@ def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: 
         reason=reason,
         transposed=transposed,
         in_block=in_block,
+        is_overridden=is_overridden,
     )
+
+
+def _overridden(name: str, spec: QuantSpec | None, reason: str, recipe: Recipe) -> tuple[QuantSpec | None, str, bool]:
+    """What --ignore and --layer make of a tensor's spec."""
+    if spec is None:
+        return spec, reason, False
+    for pattern in recipe.ignore:
+        if re.search(pattern, name):
+            return None, f"left by --ignore {pattern}", True
+    for pattern, bits in recipe.layers:
+        if re.search(pattern, name):
+            return replace(spec, bits=bits), reason, True
+    return spec, reason, False
 
 
 def _spec_for(

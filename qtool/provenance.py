@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import qtool
 from calibration.windows import TokenWindows
 from formats.embedded import GENERATION_CONFIG
+from formats.header import SECTION_ALIGNMENT, FileEntry, Header, TensorEntry, serialise_header
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointError
 from qtool.model import BlockwiseModel
+from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 
 PROBE = "Hello, world! 1234567890 \n\n\tdef f(x): return x**2  # naïve café, Привет, 你好, 🙂"
+LONGEST_FLOAT = -1.2345678901234567e-100
 LEFT_OUT_OF_CONFIG = ("_name_or_path", "_model_name_or_path", "auto_map")  # paths, and code that is never run
 
 
@@ -118,6 +121,36 @@ def header_members(
             "calibration_sha256": windows.sha256 if windows else None,
         },
         "quality": quality,
+    }
+
+
+def header_bytes(
+    model: BlockwiseModel,
+    plan: Iterable[TensorPlan],
+    recipe: Recipe,
+    windows: TokenWindows | None,
+    sources: list[dict[str, Any]],
+    files: Iterable[str],
+) -> int:
+    """A bound for the preamble, the header and the padding around embedded files, before anything is written."""
+    plan, sha256, far = list(plan), "0" * 64, 10**14
+    tensors = tuple(
+        TensorEntry(t.name, t.shape, t.encoding, far, far, sha256, LONGEST_FLOAT, t.transposed) for t in plan
+    )
+    entries = tuple(FileEntry(name, far, far, sha256) for name in files)
+    members = header_members(model, recipe, windows, sources, _longest_quality(plan))
+    header = serialise_header(Header(tensors=tensors, files=entries, **members))
+    return len(header) + SECTION_ALIGNMENT * (len(entries) + 2)
+
+
+def _longest_quality(plan: Iterable[TensorPlan]) -> dict[str, Any]:
+    """What a run has to report in the worst case: layers that were damped harder and left out tokens, all of them."""
+    names = [tensor.name for tensor in plan if tensor.spec is not None and tensor.in_block]
+    return {
+        "mean_relative_error": LONGEST_FLOAT,
+        "harder_damped": dict.fromkeys(names, LONGEST_FLOAT),
+        "dropped_tokens": dict.fromkeys(names, 10**14),
+        "uncalibrated": [],  # they are in neither of the others
     }
 
 

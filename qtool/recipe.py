@@ -4,14 +4,22 @@ not define it: how the run is carried out.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from qtool.errors import ConfigError
 
-Method = Literal["gptq", "rtn"]
-METHODS: tuple[Method, ...] = ("gptq", "rtn")
+Method = Literal["gptq", "rtn", "int8"]
+METHODS: tuple[Method, ...] = ("gptq", "rtn", "int8")
+Format = Literal["int", "nf4", "fp4", "fitted", "trellis"]
+FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis")
+BITS: dict[str, range] = {
+    "int": range(2, 9), "nf4": range(4, 5), "fp4": range(4, 5), "fitted": range(2, 9), "trellis": range(1, 7)
+}  # fmt: skip
+_SOLVER_OPTIONS = ("act_order", "scale_search", "input_scales")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,31 +27,89 @@ class QuantSpec:
     """How one layer is quantized. `group_size` -1 means one group per row."""
 
     method: Method = "gptq"
+    format: Format = "int"  # what a code stands for
     bits: int = 4
-    group_size: int = 128  # input features per (scale, zero)
-    symmetric: bool = False  # zero fixed in the middle of the codes
+    group_size: int = 128  # input features per scale (and zero)
+    symmetric: bool = False  # int: zero fixed in the middle of the codes
+    stat_bits: int = 0  # bits of a scale and of a zero, rounded in sets (SpQR); 0: scales in fp16, zeros as codes
+    stat_rows: int = 16  # output rows that make such a set
+    double_quant: bool = False  # nf4, fp4, fitted: scales in 8 bits, as QLoRA does it
+    memory: int = 8  # trellis: path bits that a state remembers, 2**memory states
+    outliers: float = 0.0  # share of the weights kept in 16 bits, at most; 0: as the threshold says
+    outlier_threshold: float = 0.0  # SpQR's relative threshold, higher means fewer; 0: the one that gives the share
+    activation_threshold: float = 6.0  # int8: inputs that reach it keep their weights in 16 bits
+    outlier_features: int = 0  # int8: that many of the largest inputs instead; 0: by the threshold
     act_order: bool = True  # columns with the largest Hessian diagonal first; groups stay where they are
     percdamp: float = 0.01  # added to the Hessian diagonal, as a fraction of its mean
     scale_search: bool = True  # shrink each group's range to the smallest Hessian-weighted error
     input_scales: bool = True  # equalise the inputs first, one fp16 factor each
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")
-        if self.bits not in range(2, 9):
-            raise ConfigError(f"bits={self.bits}: must be 2 to 8")
+        one_of("method", self.method, METHODS)
+        one_of("format", self.format, FORMATS)
+        allowed = BITS[self.format]
+        if self.bits not in allowed:
+            most = f"{allowed.start} to {allowed.stop - 1}" if len(allowed) > 1 else f"{allowed.start}"
+            raise ConfigError(
+                f"bits={self.bits}: must be {most}" + ("" if self.format == "int" else f" for {self.format}")
+            )
         if self.group_size != -1 and not 8 <= self.group_size <= 1 << 20:
             raise ConfigError(f"group_size={self.group_size}: must be -1 (one group per row) or at least 8")
         if not 0 < self.percdamp < 10:
             raise ConfigError(f"percdamp={self.percdamp}: must be above 0 and below 10")
-
-        if self.method == "rtn":  # these steer the solver: a file must not claim what was not done
-            for option in ("act_order", "scale_search", "input_scales"):
+        self._check_statistics()
+        self._check_outliers()
+        if self.method != "gptq":  # these steer the solver: a file must not claim what was not done
+            for option in _SOLVER_OPTIONS:
                 object.__setattr__(self, option, False)
+        if self.method == "int8":
+            for option, value in (("format", "int"), ("bits", 8), ("group_size", -1), ("symmetric", True)):
+                object.__setattr__(self, option, value)
+
+    def _check_statistics(self) -> None:
+        if self.stat_bits and self.stat_bits not in range(2, 9):
+            raise ConfigError(f"stat_bits={self.stat_bits}: must be 2 to 8, or 0 for fp16")
+        if not 1 <= self.stat_rows <= 1 << 20:
+            raise ConfigError(f"stat_rows={self.stat_rows}: must be at least 1")
+        if self.double_quant and self.format not in ("nf4", "fp4", "fitted"):
+            raise ConfigError(
+                f"double_quant: is for nf4, fp4 and fitted, not for {self.format}; --stat-bits 3 is for it"
+            )
+        if self.double_quant and self.stat_bits:
+            raise ConfigError("double_quant and stat_bits: choose one of the two")
+        if self.memory not in range(2, 10):
+            raise ConfigError(f"memory={self.memory}: must be 2 to 9")
+
+    def _check_outliers(self) -> None:
+        if not 0 <= self.outliers < 0.5:
+            raise ConfigError(f"outliers={self.outliers:g}: must be a share of the weights, 0 to 0.5 (50%)")
+        if not 0 <= self.outlier_threshold < math.inf:
+            raise ConfigError(f"outlier_threshold={self.outlier_threshold:g}: must be 0 (off) or more, and finite")
+        if self.keeps_outliers and self.method != "gptq":
+            raise ConfigError(f"outliers: are found by the solver; --method {self.method} has none")
+        if self.outlier_features < 0:
+            raise ConfigError(f"outlier_features={self.outlier_features}: must be 0 (by the threshold) or more")
+        if not 0 < self.activation_threshold < math.inf:
+            raise ConfigError(f"activation_threshold={self.activation_threshold:g}: must be above 0, and finite")
+
+    @property
+    def keeps_outliers(self) -> bool:
+        return bool(self.outliers or self.outlier_threshold)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the layer's inputs have to be looked at."""
+        return self.method != "rtn"
 
     def groups_of(self, in_features: int) -> int:
         """The group size for a row of `in_features`: never longer than the row."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """ConfigError unless `value` is one of those allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,31 +132,58 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What the bits are to be spread for: a size of the file, or bits per weight of the blocks' linears."""
+
+    size_bytes: int = 0
+    bits: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size_bytes and self.bits:
+            raise ConfigError("target_size and target_bits: choose one of the two")
+        if not self.size_bytes and not 1 <= self.bits <= 8:
+            raise ConfigError(f"target_bits={self.bits:g}: must be 1 to 8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything the user chose for a run."""
 
     linears: QuantSpec = field(default_factory=QuantSpec)
-    embeddings: int = 8  # bits of the embedding and the head; 16 leaves them as they are
+    embeddings: int = 8  # bits of the embedding and the head; 16 leaves them as they are, 0 leaves it to a target size
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    layers: tuple[tuple[str, int], ...] = ()  # (regular expression, bits): what the first match says goes
+    ignore: tuple[str, ...] = ()  # regular expressions: left dense
+    target: Target | None = None  # spread bits over the layers to meet it
+    fused: bool = False  # linears that read one input get one width: q, k, v; gate, up
 
     def __post_init__(self) -> None:
-        if self.embeddings != 16 and self.embeddings not in range(2, 9):
+        is_open = self.embeddings == 0 and self.target is not None and self.target.size_bytes > 0
+        if not is_open and self.embeddings != 16 and self.embeddings not in range(2, 9):
             raise ConfigError(f"embeddings={self.embeddings}: must be 2 to 8 bits, or 16 to leave them as they are")
+        if self.linears.method == "int8" and (self.layers or self.target):
+            raise ConfigError("--method int8 has 8 bits in every layer: leave out --layer and targets, or take gptq")
+        for pattern in (*self.ignore, *(pattern for pattern, _ in self.layers)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{pattern!r}: not a regular expression: {error}") from error
 
     @property
     def n_windows(self) -> int:
         """Calibration windows that the run looks at: rounding to nearest needs none."""
-        return 0 if self.linears.method == "rtn" else self.calibration.samples
+        return self.calibration.samples if self.linears.is_calibrated or self.target else 0
 
     @property
     def embedding_spec(self) -> QuantSpec | None:
         """Embeddings see no Hessian of their own: rounded to nearest in the same groups, symmetric or not."""
         if self.embeddings == 16:
             return None
+        group_size = self.linears.group_size
         return QuantSpec(
             method="rtn",
-            bits=self.embeddings,
-            group_size=self.linears.group_size,
+            bits=self.embeddings or 8,
+            group_size=64 if group_size == -1 or self.linears.format != "int" else group_size,
             symmetric=True,
             scale_search=False,
         )

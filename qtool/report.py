@@ -10,77 +10,131 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from formats.encoding import Uniform
+from formats.encoding import Dense
 from formats.errors import FormatError
-from formats.header import TensorEntry
+from formats.header import Header, TensorEntry
 from formats.reader import QtmFile
 from qtool.sizes import bits_per_weight, format_bytes, stored_bytes
-
-DENSE_BITS = {"F16": 16, "BF16": 16, "F32": 32}
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Everything the header says and what follows from it; sections are not read."""
     with QtmFile.open(Path(path)) as file:
-        entries = list(file.tensors.values())
-        parameters = sum(math.prod(e.shape) for e in entries)
-        quantized = sum(math.prod(e.shape) for e in entries if isinstance(e.encoding, Uniform))
-        blocks = f"{file.header.model.get('blocks')}."
-        linears = [e for e in entries if e.name.startswith(blocks) and len(e.shape) == 2]
-        return {
-            "format_version": ".".join(map(str, file.version)),
-            "file_bytes": file.n_bytes,
-            "model_type": file.header.model.get("model_type"),
-            "parameters": parameters,
-            "bits_per_weight": bits_per_weight((e.encoding, e.shape) for e in linears),
-            "quantized_share": quantized / parameters if parameters else 0.0,
-            "recipe": dict(file.header.recipe),
-            "quality": dict(file.header.quality),
-            "provenance": dict(file.header.provenance),
-            "files": [{"name": f.name, "bytes": f.n_bytes} for f in file.files.values()],
-            "tensors": [_tensor_row(e) for e in entries],
-        }
+        return inspect_open(file)
+
+
+def inspect_open(file: QtmFile) -> dict[str, Any]:
+    """As `inspect_file`, for a file that is open."""
+    entries = list(file.tensors.values())
+    parameters = sum(math.prod(e.shape) for e in entries)
+    quantized = sum(math.prod(e.shape) for e in entries if not isinstance(e.encoding, Dense))
+    return {
+        "format_version": ".".join(map(str, file.version)),
+        "file_bytes": file.n_bytes,
+        "model_type": file.header.model.get("model_type"),
+        "parameters": parameters,
+        "bits_per_weight": bits_per_weight((e.encoding, e.shape) for e in block_linears(file.header)),
+        "quantized_share": quantized / parameters if parameters else 0.0,
+        "recipe": dict(file.header.recipe),
+        "quality": dict(file.header.quality),
+        "provenance": dict(file.header.provenance),
+        "files": [{"name": f.name, "bytes": f.n_bytes} for f in file.files.values()],
+        "tensors": [_tensor_row(e) for e in entries],
+    }
+
+
+def block_prefix(header: Header) -> str:
+    """What the names of the blocks' tensors start with: `model.layers.`"""
+    return f"{header.model.get('blocks')}."
+
+
+def block_linears(header: Header) -> list[TensorEntry]:
+    """The matrices of the blocks, which bits per weight are counted over."""
+    blocks = block_prefix(header)
+    return [entry for entry in header.tensors if entry.name.startswith(blocks) and len(entry.shape) == 2]
 
 
 def format_inspection(found: dict[str, Any], *, tensors: bool) -> str:
-    """The same for people: a few lines, and with `tensors` one line for each.
-
-    FormatError when the header's free objects are not as qtool writes them.
-    """
-    try:
-        text = "\n".join(_summary(found) + (["", *_tensor_table(found["tensors"])] if tensors else []))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise FormatError(f"header: recipe or quality are not as qtool writes them: {error} (SPEC 3.4)") from error
+    """The same for people: a few lines, and with `tensors` one line for each. FormatError as `summarize`."""
+    lines = [f"{name:15}  {text}" for name, text in summarize(found)]
+    text = "\n".join(lines + (["", *_tensor_table(found["tensors"])] if tensors else []))
     # Names are free of control characters (SPEC 5.2), the free objects need not be: they could drive the terminal.
     return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
 
 
-def _summary(found: dict[str, Any]) -> list[str]:
+def summarize(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to say of the whole file, each with its name.
+
+    FormatError when the header's free objects are not as qtool writes them.
+    """
+    try:
+        return _summary(found)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise FormatError(f"header: recipe or quality are not as qtool writes them: {error} (SPEC 3.4)") from error
+
+
+def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, rows = found["recipe"], found["tensors"]
     linears, calibration = recipe.get("linears", {}), recipe.get("calibration") or {}
     lines = [
-        f"model            {found['model_type']}, {found['parameters']:,} parameters",
-        f"file             {format_bytes(found['file_bytes'])}, format {found['format_version']}",
-        f"bits per weight  {found['bits_per_weight']:.3f} (block linears, everything stored for them counted)",
-        f"quantized        {found['quantized_share']:.2%} of the parameters",
-        f"recipe           {_describe_recipe(linears, recipe.get('embeddings'))}",
-        f"calibration      {_describe_calibration(calibration)}",
-        f"relative error   {found['quality'].get('mean_relative_error', 0):.3e} on average",
+        ("model", f"{found['model_type']}, {found['parameters']:,} parameters"),
+        ("file", f"{format_bytes(found['file_bytes'])}, format {found['format_version']}"),
+        ("bits per weight", f"{found['bits_per_weight']:.3f} (block linears, everything stored for them counted)"),
+        ("quantized", f"{found['quantized_share']:.2%} of the parameters"),
+        ("recipe", _describe_recipe(recipe, linears)),
+        ("calibration", _describe_calibration(calibration)),
+        ("relative error", f"{found['quality'].get('mean_relative_error', 0):.3e} on average"),
     ]
     for key, text in (("harder_damped", "damped harder"), ("uncalibrated", "saw no calibration token")):
-        lines += [f"warning          {name} {text}" for name in found["quality"].get(key, ())]
+        lines += [("warning", f"{name} {text}") for name in found["quality"].get(key, ())]
     dropped = found["quality"].get("dropped_tokens", {})
-    lines += [f"warning          {name}: {n} tokens with NaN or infinity left out" for name, n in dropped.items()]
+    lines += [("warning", f"{name}: {n} tokens with NaN or infinity left out") for name, n in dropped.items()]
     dense = [row for row in rows if row["encoding"] == "dense"]
-    lines.append(f"left dense       {len(dense)} tensors: {fold_names(row['name'] for row in dense)}")
+    lines.append(("left dense", f"{len(dense)} tensors: {fold_names(row['name'] for row in dense)}"))
+    if "report" in found:
+        lines.append(("report", found["report"]))
     return lines
 
 
-def _describe_recipe(linears: dict[str, Any], embeddings: Any) -> str:
-    words = [linears.get("method"), f"{linears.get('bits')} bits", f"group size {linears.get('group_size')}"]
-    words.append("symmetric" if linears.get("symmetric") else "asymmetric")
-    words.append("embeddings as they were" if embeddings == 16 else f"embeddings {embeddings} bits")
-    return ", ".join(map(str, words))
+def _describe_recipe(recipe: dict[str, Any], linears: dict[str, Any]) -> str:
+    words = [linears.get("method"), linears.get("format", "int"), _describe_bits(recipe, linears)]
+    words.append("a scale per row" if linears.get("group_size") == -1 else f"group size {linears.get('group_size')}")
+    if linears.get("format", "int") == "int":
+        words.append("symmetric" if linears.get("symmetric") else "asymmetric")
+    if linears.get("stat_bits"):
+        words.append(f"statistics in {linears['stat_bits']} bits")
+    if linears.get("double_quant"):
+        words.append("scales in 8 bits")
+    words += [*_describe_outliers(linears), *_describe_exceptions(recipe)]
+    return ", ".join(map(str, [*words, _describe_embeddings(recipe.get("embeddings"))]))
+
+
+def _describe_embeddings(bits: Any) -> str:
+    if bits == 16:
+        return "embeddings as they were"
+    return f"embeddings {bits} bits" if bits else "embeddings by the target"
+
+
+def _describe_bits(recipe: dict[str, Any], linears: dict[str, Any]) -> str:
+    target = recipe.get("target")
+    if target is None:
+        return f"{linears.get('bits')} bits"
+    goal = format_bytes(target["size_bytes"]) if target["size_bytes"] else f"{target['bits']:g} bits per weight"
+    return f"bits spread for {goal}" + (", layers of one input alike" if recipe.get("fused") else "")
+
+
+def _describe_outliers(linears: dict[str, Any]) -> list[str]:
+    if linears.get("method") == "int8":
+        largest, threshold = linears.get("outlier_features"), linears.get("activation_threshold")
+        return [f"{largest} largest inputs in 16 bits" if largest else f"inputs from {threshold:g} in 16 bits"]
+    if linears.get("outliers"):
+        return [f"{100 * linears['outliers']:g}% outliers"]
+    return [f"outlier threshold {linears['outlier_threshold']:g}"] if linears.get("outlier_threshold") else []
+
+
+def _describe_exceptions(recipe: dict[str, Any]) -> list[str]:
+    given = [f"{pattern} {bits} bits" for pattern, bits in recipe.get("layers") or ()]
+    return given + [f"{pattern} as it was" for pattern in recipe.get("ignore") or ()]
 
 
 def _describe_calibration(calibration: dict[str, Any]) -> str:
@@ -97,23 +151,29 @@ def fold_names(names: Iterable[str]) -> str:
 
 def _tensor_table(rows: list[dict[str, Any]]) -> list[str]:
     width = max((len(row["name"]) for row in rows), default=4)
-    lines = [f"{'name':{width}}  {'shape':>16}  {'encoding':8}  {'bits':>4}  {'group':>5}  {'bytes':>12}  error"]
+    lines = [
+        f"{'name':{width}}  {'shape':>16}  {'encoding':9}  {'bits':>4}  {'group':>5}  {'outliers':>8}  "
+        f"{'bytes':>12}  error"
+    ]
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.2e}"
-        cells = f"{row['encoding']:8}  {row['bits']:>4}  {row['group_size'] or '':>5}  {row['bytes']:>12,}  {error}"
-        lines.append(f"{row['name']:{width}}  {shape:>16}  {cells}".rstrip())
+        cells = f"{row['encoding']:9}  {row['bits']:>4}  {row['group_size'] or '-':>5}  {row['outliers'] or '-':>8}"
+        lines.append(f"{row['name']:{width}}  {shape:>16}  {cells}  {row['bytes']:>12,}  {error}".rstrip())
     return lines
 
 
 def _tensor_row(entry: TensorEntry) -> dict[str, Any]:
     encoding = entry.encoding
+    bits, group_size, outliers = encoding.describe(entry.shape)
     return {
         "name": entry.name,
         "shape": list(entry.shape),
         "encoding": encoding.name,
-        "bits": encoding.bits if isinstance(encoding, Uniform) else DENSE_BITS[encoding.dtype],
-        "group_size": encoding.group_size if isinstance(encoding, Uniform) else None,
+        "bits": bits,
+        "group_size": group_size,
+        "outliers": outliers,
+        "settings": {name: value for name, value in encoding.fields().items() if name != "encoding"},
         "bytes": stored_bytes(encoding, entry.shape),
         "relative_error": entry.relative_error,
     }

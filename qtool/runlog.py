@@ -83,7 +83,9 @@ class RunLog:
         line = {
             "layer": tensor.name,
             "method": tensor.spec.method,
+            "format": tensor.spec.format,
             "bits": tensor.spec.bits,
+            "outliers": solution.layer.encoding.describe(tensor.shape).outliers,
             "relative_error": solution.relative_error,
             "percdamp": None if factor is None else factor.percdamp,
             "tokens": 0 if stats is None else stats.n_tokens,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from formats.encoding import Encoding, Shape, align
+from formats.encoding.trellis import RUN_ROWS
 from formats.header import SECTION_ALIGNMENT
 
 
@@ -28,3 +29,12 @@ def format_bytes(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.1f} TB"
+
+
+MAX_RUN = 256
+
+
+def run_length(out_features: int) -> int:
+    """Rows of a trellis path: as few paths as MAX_RUN allows, since a path's start is less free than its rest."""
+    n_runs = -(-out_features // MAX_RUN)
+    return -(-out_features // (n_runs * RUN_ROWS)) * RUN_ROWS

@@ -33,8 +33,10 @@ def windows_per_batch(seq_len: int) -> int:
 class HiddenStates:
     """float32 states [batch, seq, hidden], batch after batch; step i is what block i reads."""
 
-    def __init__(self, folder: Path, ids: Tensor, windows_per_batch: int) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, ids: Tensor, windows_per_batch: int, names: tuple[str, str] = STATES_FILES
+    ) -> None:
+        self._folder, self._names = folder, names
         self.batches = ids.split(windows_per_batch)
         """The token ids [batch, seq] of each batch."""
 
@@ -70,7 +72,7 @@ class HiddenStates:
                 yield states
 
     def _path(self, step: int) -> Path:
-        return self._folder / STATES_FILES[step % 2]
+        return self._folder / self._names[step % 2]
 
 
 def calibrate(model: BlockwiseModel, index: int, states: HiddenStates | None) -> dict[str, LayerStats]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from calibration.hessian import LayerStats
 from calibration.hub import KNOWN_DATASETS
 from formats.embedded import tokenizer_of
-from formats.encoding import Uniform
+from formats.encoding import Dense, Uniform
 from formats.errors import FormatError
 from formats.header import TensorEntry
 from formats.loader import decode_tensor
@@ -141,7 +141,7 @@ class _Verification:
         decoded = decode_tensor(self.file, entry)
         if decoded.shape != weight.shape:
             raise self._mismatch(entry, f"has shape {list(decoded.shape)}, the model's has {list(weight.shape)}")
-        if not isinstance(entry.encoding, Uniform):
+        if isinstance(entry.encoding, Dense):
             if not torch.equal(weight, decoded):
                 raise self._mismatch(entry, "is stored as it was, and differs")
         elif entry.relative_error is None:  # an embedding, rounded to nearest: the same bits on any machine
@@ -157,7 +157,9 @@ class _Verification:
 
     def _check_rounded(self, entry: TensorEntry, weight: Tensor) -> None:
         encoding = entry.encoding
-        assert isinstance(encoding, Uniform)
+        if not isinstance(encoding, Uniform):
+            stored = f"is stored as {encoding.name} without a relative error"
+            raise CheckpointError(f"{self._against(entry)}: {stored}; there is nothing to compare it by")
         spec = QuantSpec(
             method="rtn", bits=encoding.bits, group_size=encoding.group_size, symmetric=encoding.symmetric
         )  # fmt: skip
@@ -166,8 +168,10 @@ class _Verification:
             raise self._mismatch(entry, "is not the model's rounded to nearest")
 
     def _mismatch(self, entry: TensorEntry, what: str) -> CheckpointError:
-        source = self.model.checkpoint.name
-        return CheckpointError(f"{self.file.label}: {entry.label} against {source}: {what}; not made from this model")
+        return CheckpointError(f"{self._against(entry)}: {what}; not made from this model")
+
+    def _against(self, entry: TensorEntry) -> str:
+        return f"{self.file.label}: {entry.label} against {self.model.checkpoint.name}"
 
 
 def _relative_error(weight: Tensor, decoded: Tensor, stats: LayerStats | None) -> float:

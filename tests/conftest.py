@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow tiny matrices down
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # and wait for each other where a machine is busy
 
 from invoke import run_qtool
 from tiny import make_model, silence

@@ -13,9 +13,13 @@ import qtool
 from formats.reader import QtmFile
 from qtool.cli import main
 
-PERPLEXITY_KEYS = {"perplexity", "tokens", "windows", "seq_len", "data", "data_sha256", "seconds"}
+SAMPLE_KEYS = {
+    "model", "data", "data_sha256", "protocol", "bos", "seq_len", "stride", "windows", "tokens", "tokens_sha256",
+    "error_over", "seconds",
+}  # fmt: skip
+PERPLEXITY_KEYS = {"perplexity", "perplexity_error", *SAMPLE_KEYS}
 BASELINE_KEYS = {"baseline_perplexity", "kl_mean", "kl_p99", "same_top"}
-TENSOR_KEYS = {"name", "shape", "encoding", "bits", "group_size", "bytes", "relative_error"}
+TENSOR_KEYS = {"name", "shape", "encoding", "bits", "group_size", "outliers", "settings", "bytes", "relative_error"}
 INSPECT_KEYS = {"format_version", "file_bytes", "model_type", "parameters", "bits_per_weight", "quantized_share"}
 
 
@@ -188,6 +192,9 @@ def test_text_says_what_json_says(tiny_files):
     for value in (result["perplexity"], result["baseline_perplexity"], result["kl_mean"], result["kl_p99"]):
         assert f"{value:.4f}" in text or f"{value:.5f}" in text
     assert result["data_sha256"] in text
+    assert text.startswith(
+        f"PPL = {result['perplexity']:.4f} +/- {result['perplexity_error']:.4f}  (standard error over"
+    )
 
 
 def test_stderr_is_silent_when_it_is_no_terminal(tiny_files, tmp_path):
@@ -195,6 +202,7 @@ def test_stderr_is_silent_when_it_is_no_terminal(tiny_files, tmp_path):
     runs = [
         ("compress", tiny_files.model("llama"), "-o", file, *tiny_files.compress_options()),
         ("eval", "perplexity", file, "--data", tiny_files.text, "--seq-len", 64),
+        ("eval", "kl", file, "--baseline", file, "--data", tiny_files.text, "--seq-len", 64),
         ("generate", file, "--prompt", "the"),
         ("inspect", file),
         ("verify", file),

@@ -5,33 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from correlated import make_layer, output_error, stats_of
 
-from calibration.hessian import LayerStats
-from formats.layer import dequantize
+from formats.layer import dequantize, group_index
 from qtool.errors import QuantizeError
 from qtool.gptq import _round_columns, factorize, fit_input_scales, gptq_quantize, rtn_quantize
-from qtool.grid import Grid, fit_grid
+from qtool.grid import UniformGrid, fit_uniform
 from qtool.recipe import QuantSpec
 
 PLAIN = QuantSpec(bits=3, group_size=16, act_order=False, scale_search=False, input_scales=False)
 
 
-def make_layer(rows: int = 24, columns: int = 40, seed: int = 0) -> tuple[torch.Tensor, LayerStats]:
-    """A weight, and the statistics of correlated inputs of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    mix = torch.randn(columns, columns, generator=generator) * torch.linspace(0.1, 3, columns)
-    x = torch.randn(500, columns, generator=generator) @ mix
-    return weight, LayerStats(x.T @ x / 500, 500)
-
-
-def output_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """SPEC 5.5 in float64."""
-    w, d, h = weight.double(), (weight - decoded).double(), hessian.double()
-    return (torch.trace(d @ h @ d.T) / torch.trace(w @ h @ w.T)).item()
-
-
-def solve_slowly(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, group_size: int, bits: int) -> torch.Tensor:
+def solve_slowly(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: UniformGrid, group_size: int, bits: int
+) -> torch.Tensor:
     """GPTQ as the paper derives it (eq. 2 and 3), column by column: the inverse is updated after every one."""
     free, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     codes = torch.empty_like(free)
@@ -49,7 +36,7 @@ def test_codes_equal_those_of_the_papers_algorithm(bits):
     weight, stats = make_layer()
     spec = dataclasses.replace(PLAIN, bits=bits)
     factor = factorize(stats, [weight], spec, "layer")
-    grid = fit_grid(weight, 16, bits, symmetric=False)
+    grid = fit_uniform(weight, 16, bits, symmetric=False)
     slow = solve_slowly(weight, factor.damped, grid, 16, bits)
     assert np.array_equal(gptq_quantize(weight, factor, spec).layer.codes, slow.numpy().astype(np.uint8))
 
@@ -60,15 +47,19 @@ def test_the_block_size_changes_speed_only(block_size):
     weight, stats = make_layer()
     factor = factorize(stats, [weight], PLAIN, "layer")
     factor = dataclasses.replace(factor, hinv_chol=factor.hinv_chol.double())
-    grid = fit_grid(weight, 16, 3, symmetric=False)
-    grid = Grid(grid.scales.double(), grid.zeros.double())
-    whole = _round_columns(weight.double(), factor, grid, 16, 3, block_size=1000)
-    assert torch.equal(_round_columns(weight.double(), factor, grid, 16, 3, block_size=block_size), whole)
+    grid = fit_uniform(weight, 16, 3, symmetric=False)
+    grid = UniformGrid(grid.scales.double(), grid.zeros.double(), 3)
+    groups = torch.from_numpy(group_index(40, 16))
+    whole, errors = _round_columns(weight.double(), factor, grid, groups, block_size=1000)
+    blocked, same_errors = _round_columns(weight.double(), factor, grid, groups, block_size=block_size)
+    assert torch.equal(blocked.codes, whole.codes)
+    assert torch.equal(blocked.decoded, whole.decoded)
+    assert torch.allclose(same_errors, errors, rtol=1e-9, atol=1e-9)
 
 
 def test_an_identity_hessian_gives_round_to_nearest():
     weight, _ = make_layer()
-    stats = LayerStats(torch.eye(40), 1)
+    stats = stats_of(torch.eye(40), 1)
     solved = gptq_quantize(weight, factorize(stats, [weight], PLAIN, "layer"), PLAIN)
     assert np.array_equal(solved.layer.codes, rtn_quantize(weight, PLAIN).layer.codes)
 
@@ -151,7 +142,7 @@ def test_an_input_that_never_fires_is_rounded_to_nearest():
     weight, stats = make_layer()
     hessian = stats.hessian.clone()
     hessian[5] = hessian[:, 5] = 0
-    dead = LayerStats(hessian, 500)
+    dead = stats_of(hessian, 500)
     solved = gptq_quantize(weight, factorize(dead, [weight], PLAIN, "layer"), PLAIN)
     assert np.array_equal(solved.layer.codes[:, 5], rtn_quantize(weight, PLAIN).layer.codes[:, 5])
 
@@ -162,7 +153,7 @@ def test_an_all_zero_input_and_column_have_harmless_scales():
     hessian = stats.hessian.clone()
     hessian[7] = hessian[:, 7] = 0
     spec = QuantSpec(bits=4, group_size=16)
-    solved = gptq_quantize(weight, factorize(LayerStats(hessian, 500), [weight], spec, "layer"), spec)
+    solved = gptq_quantize(weight, factorize(stats_of(hessian, 500), [weight], spec, "layer"), spec)
     assert torch.isfinite(solved.decoded).all()
     assert solved.decoded[:, 3].abs().max() == 0
     assert (solved.decoded[:, 7] - weight[:, 7]).abs().max() < 1
@@ -173,7 +164,7 @@ def test_a_singular_hessian_is_damped_harder_and_says_how_much():
     weight, _ = make_layer(columns=32)
     hessian = torch.eye(32)
     hessian[0, 1] = hessian[1, 0] = 1.05
-    factor = factorize(LayerStats(hessian, 10), [weight], PLAIN, "layer")
+    factor = factorize(stats_of(hessian, 10), [weight], PLAIN, "layer")
     assert factor.percdamp == pytest.approx(0.1)
 
 
@@ -181,4 +172,4 @@ def test_a_hopeless_hessian_names_the_layer_and_the_fix():
     hessian = -torch.eye(32) + 2 * torch.diag(torch.arange(32) % 2)
     message = "model.layers.3.mlp.up_proj.weight: Hessian not positive definite even with percdamp=100 and 10 tokens; "
     with pytest.raises(QuantizeError, match=message + "use more calibration tokens"):
-        factorize(LayerStats(hessian, 10), [torch.ones(2, 32)], PLAIN, "model.layers.3.mlp.up_proj.weight")
+        factorize(stats_of(hessian, 10), [torch.ones(2, 32)], PLAIN, "model.layers.3.mlp.up_proj.weight")

@@ -40,6 +40,19 @@ def test_hessian_by_hand():
     stats = accumulate([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])], 2)
     assert stats.hessian.tolist() == [[5.0, 1.0], [1.0, 2.0]]
     assert stats.n_tokens == 2
+    assert stats.absmax.tolist() == [3.0, 2.0]
+
+
+def test_the_largest_magnitude_is_that_of_either_sign_over_all_batches():
+    batches = [torch.tensor([[1.0, -5.0]]), torch.empty(0, 2), torch.tensor([[[-2.0, 4.0]], [[0.5, 0.0]]])]
+    assert accumulate(batches, 2).absmax.tolist() == [2.0, 5.0]
+    assert accumulate([], 2).absmax.tolist() == [0.0, 0.0]
+
+
+def test_tokens_that_are_dropped_do_not_count_for_the_largest_magnitude():
+    stats = accumulate([torch.tensor([[1.0, 2.0], [float("inf"), 3.0], [float("nan"), 9.0]])], 2)
+    assert stats.absmax.tolist() == [1.0, 2.0]
+    assert stats.n_dropped == 2
 
 
 @pytest.mark.parametrize("in_features", [1, 7, 255, 256, 257, 600])  # edges of a stripe
@@ -62,6 +75,7 @@ def test_hessian_does_not_depend_on_the_split_into_batches(cuts, stripe, width):
         patch.setattr(hessian, "STRIPE", stripe)
         stats = accumulate(batches, width)
     assert stats.n_tokens == 60
+    assert torch.equal(stats.absmax, x.abs().amax(0))
     assert torch.equal(stats.hessian, (x.double().T @ x.double() / 60).float())
 
 

@@ -1,0 +1,176 @@
+"""`qtool compress`: its options, parsed and handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+
+from qtool.cli_options import emit, json_option, text_field_option
+
+Command: TypeAlias = Callable[..., Any]
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several decorators as one, in the order of `--help`."""
+
+    def apply(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+_method_options = _options(
+    click.option("--bits", type=int, help="Bits per code of the linear layers, 2 to 8.  [default: 4]"),
+    click.option(
+        "--method", default="gptq", show_default=True, metavar="[gptq|spqr|rtn|int8]",
+        help="spqr: gptq with groups of 16, rounded statistics and outliers; rtn: round to nearest, no calibration; "
+        "int8: LLM.int8, rows in 8 bits and inputs with outliers in 16.",
+    ),
+    click.option(
+        "--format", "number_format", metavar="[int|nf4|fp4|fitted|trellis]",
+        help="What a code stands for. fitted: levels fitted to each layer; trellis: a step on a path of levels, 1 to 6 "
+        "bits.  [default: int; trellis for gptq and spqr with --effort best or a target]",
+    ),
+    click.option(
+        "--effort", default="default", show_default=True, metavar="[fast|default|best]",
+        help="fast: no search of ranges; best: --format trellis with its largest memory.",
+    ),
+    click.option(
+        "--group-size", type=int,
+        help="Inputs that share a scale; -1: a row.  [default: 128; spqr: 16; nf4, fp4, fitted: 64]",
+    ),
+    click.option("--sym/--asym", "symmetric", default=False, help="int: zero fixed in the middle.  [default: asym]"),
+    click.option("--stat-bits", type=int, help="Bits of scales and zeros, rounded in sets.  [default: fp16; spqr: 3]"),
+    click.option("--stat-rows", type=int, default=16, show_default=True, help="Rows that make such a set."),
+    click.option("--double-quant", is_flag=True, help="Scales of nf4, fp4 and fitted in 8 bits, as QLoRA has them."),
+    click.option("--outliers", metavar="SHARE", help="Weights kept in 16 bits, as 0.5%.  [default: none]"),
+    click.option(
+        "--outlier-threshold", type=float,
+        help="The same by SpQR's relative threshold; higher means fewer.  [spqr: 0.2]",
+    ),
+    click.option(
+        "--activation-threshold", type=float, default=6.0, show_default=True,
+        help="int8: an input that reaches it keeps its weights in 16 bits.",
+    ),
+    click.option("--outlier-features", type=int, default=0, help="int8: that many of the largest inputs instead."),
+    click.option("--act-order/--no-act-order", default=True, help="Most active inputs first.  [default: act-order]"),
+    click.option("--percdamp", "--damp", type=float, default=0.01, show_default=True, help="Damping of the Hessian."),
+    click.option("--scale-search/--no-scale-search", default=True, help="Search each group's range.  [default: on]"),
+    click.option("--input-scales/--no-input-scales", default=True, help="A factor for each input.  [default: on]"),
+    click.option(
+        "--embeddings", type=int,
+        help="Bits of embeddings and head; 16: as is.  [default: 8; left to --target-size where that is given]",
+    ),
+)  # fmt: skip
+_layer_options = _options(
+    click.option(
+        "--target-size",
+        metavar="SIZE",
+        help="Spread bits over the layers so that the file is at most that large, as 90MB.",
+    ),
+    click.option(
+        "--target-bits", type=float, help="The same for bits per weight of the blocks' linears, all they store counted."
+    ),
+    click.option(
+        "--fused", is_flag=True, help="A target gives one width to linears that read one input: q, k, v; gate, up."
+    ),
+    click.option(
+        "--layer",
+        "layers",
+        multiple=True,
+        metavar="REGEX=BITS",
+        help="Other bits where REGEX is found in the name; the first wins.",
+    ),
+    click.option(
+        "--ignore", multiple=True, metavar="REGEX", help="Leave layers dense where REGEX is found in the name."
+    ),
+)
+_calibration_options = _options(
+    click.option(
+        "--calibration", "--dataset", default="builtin", show_default=True, metavar="SOURCE",
+        help="A .txt, .jsonl or .parquet file or a folder of them, a dataset of the hub (wikitext2, c4, ptb, "
+        "org/name), builtin, or self; comma-joined mixes.",
+    ),
+    text_field_option,
+    click.option("--samples", "--nsamples", type=int, default=128, show_default=True, help="Calibration windows."),
+    click.option("--seq-len", "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a window."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Places the windows."),
+)  # fmt: skip
+_run_options = _options(
+    click.option("--dry-run", is_flag=True, help="Print the plan: size, bits, memory and time; write no file."),
+    click.option("--force", is_flag=True, help="Replace the output if it exists."),
+    click.option("--max-memory", metavar="SIZE", help="Resident memory that the run keeps to, as 2GB.  [default: any]"),
+    click.option(
+        "--work-dir", type=click.Path(path_type=Path),
+        help="What an interrupted run goes on from.  [default: OUTPUT.work]",
+    ),
+    click.option("--restart", is_flag=True, help="Drop what an earlier run left in the work folder."),
+    click.option("--log-file", type=click.Path(path_type=Path), help="Append one JSON line for each layer."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run the code of MODEL's tokenizer; a file never holds any."
+    ),
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Output file.  [default: NAME-4bit.qtm, NAME-90MB.qtm]"
+)
+@_method_options
+@_layer_options
+@_calibration_options
+@_run_options
+@json_option
+def compress(
+    model: str,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    max_memory: str | None,
+    work_dir: Path | None,
+    restart: bool,
+    log_file: Path | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    **recipe_options: Any,
+) -> None:
+    """Compress MODEL: a Hugging Face folder, a hub id or a GGUF file.
+
+    \b
+    qtool compress ./my-model --bits 4
+    qtool compress ./my-model --bits 3 --group-size 64 --calibration notes.txt -o small.qtm
+    qtool compress ./my-model --target-size 90MB
+    qtool compress ./my-model --method spqr --outliers 0.5%
+    qtool compress ./my-model --bits 3 --layer 'down_proj=4' --ignore 'layers[.]0[.]'
+    qtool compress org/name --dry-run
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    from qtool import commands
+    from qtool.memory import parse_size
+    from qtool.options import build_recipe, default_output
+    from qtool.recipe import RunOptions
+
+    recipe = build_recipe(**recipe_options)
+    output = output or default_output(model, recipe)
+    options = RunOptions(
+        overwrite=force,
+        work_dir=work_dir,
+        restart=restart,
+        max_memory_bytes=None if max_memory is None else parse_size(max_memory, "--max-memory"),
+        log_file=log_file,
+    )
+    warn = partial(click.echo, err=True)
+    if dry_run:
+        estimate = commands.dry_run(model, output, recipe, options, trust_remote_code=trust_remote_code, warn=warn)
+        emit(estimate, commands.format_estimate(estimate), as_json)
+        return
+    result = commands.run_compress(model, output, recipe, options, trust_remote_code=trust_remote_code, warn=warn)
+    emit(result, commands.format_result(result), as_json)

@@ -1,0 +1,42 @@
+"""LLM.int8() (arXiv 2208.07339) offline: int8 rows, and the inputs with outliers in 16 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.hessian import LayerStats
+from formats.layer import Int8Linear
+from qtool.gptq import Solution, output_energy, relative_error
+from qtool.recipe import QuantSpec
+
+
+def outlier_features(stats: LayerStats, spec: QuantSpec) -> Tensor:
+    """The inputs [k] i64, rising, whose weights stay in 16 bits: those whose largest calibration activation reaches the
+    threshold, or the given number of the largest.
+    """
+    if spec.outlier_features:
+        k = min(spec.outlier_features, len(stats.absmax))
+        return stats.absmax.topk(k).indices.sort().values
+    return (stats.absmax >= spec.activation_threshold).nonzero().flatten()
+
+
+def int8_quantize(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Solution:
+    """weight [out, in] f32, each row scaled by its largest magnitude over the inputs without outliers."""
+    columns = outlier_features(stats, spec)
+    rest = weight.clone()
+    rest[:, columns] = 0
+    scales = rest.abs().amax(1).div_(127)
+    codes = torch.round(rest / scales.where(scales > 0, 1.0)[:, None]).clamp_(-127, 127)
+    values = weight[:, columns].half()
+    decoded = scales[:, None] * codes
+    decoded[:, columns] = values.float()
+    layer = Int8Linear(
+        codes=codes.numpy().astype(np.int8),
+        scales=scales.numpy(),
+        columns=columns.numpy().astype(np.uint32) if len(columns) else None,
+        values=values.numpy() if len(columns) else None,
+    )
+    lost, energy = output_energy(weight - decoded, stats.hessian), output_energy(weight, stats.hessian)
+    return Solution(layer, decoded, relative_error(lost, energy))

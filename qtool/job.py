@@ -1,0 +1,109 @@
+"""What a run is to do, decided before the first tensor is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calibration.windows import TokenWindows
+from qtool.budget import Budget, plan_budget
+from qtool.checkpoint import Checkpoint
+from qtool.journal import SPREAD_BITS, Journal
+from qtool.model import BlockwiseModel
+from qtool.numerics import release_free_memory
+from qtool.plan import TensorPlan, plan_tensors
+from qtool.provenance import embedded_files, header_bytes, run_identity, source_files
+from qtool.recipe import Recipe, RunOptions
+from qtool.sample import draw_sample
+from qtool.sweep import load_sweep, measure_sweep, sweep_identity
+from qtool.target import spread_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be done, all of it decided before the first tensor is written."""
+
+    model: BlockwiseModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    plan: list[TensorPlan]
+    budget: Budget
+    files: dict[str, bytes]
+    read_sources: Callable[[], list[dict[str, Any]]]  # cached: all weights are read, so only when it is needed
+    windows: TokenWindows | None = None  # where a target had to look at them already
+    gap: float = 0.0  # how far from the least loss the bits are spread, as a share of it
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Name, size and SHA-256 of the files that weights come from."""
+        return self.read_sources()
+
+    def identity(self) -> dict[str, Any]:
+        return run_identity(self.model, self.recipe, self.sources, self.files, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What else decides the bytes: sums are rounded by the batch, and a target's bits are measured."""
+        batch = {"windows_per_batch (by --max-memory)": self.budget.windows_per_batch}
+        if self.recipe.target is None:
+            return batch
+        return batch | {SPREAD_BITS: {t.name: t.spec.bits for t in self.plan if t.spec is not None}}
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: RunOptions,
+    journal: Journal | None,
+    warn: Callable[[str], None],
+) -> Job:
+    """Decide everything; for a target this takes a pass over the model, which the journal's folder keeps."""
+    tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
+    model = BlockwiseModel(checkpoint)
+    if unused := checkpoint.unused():
+        names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
+    plan = plan_tensors(model, recipe)
+    job = Job(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        plan=plan,
+        budget=plan_budget(model, plan, recipe, options.max_memory_bytes),
+        files=embedded_files(checkpoint, tokenizer),
+        read_sources=cache(partial(source_files, checkpoint)),
+    )
+    return _with_target(job, options, journal, warn) if recipe.target is not None and journal is not None else job
+
+
+def _with_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[[str], None]) -> Job:
+    """The job with bits spread over the layers."""
+    windows = draw_windows(job, journal, warn)
+    assert windows is not None
+    identity = sweep_identity(job.identity(), job.recipe, windows)
+    sweep = None if options.restart else load_sweep(journal.folder, identity, job.plan)
+    if sweep is None:
+        sweep = measure_sweep(
+            job.model, job.plan, job.recipe, windows, job.budget.windows_per_batch, journal.folder, identity
+        )
+    else:
+        warn(f"losses of each layer are taken from {journal.folder}")
+    header = header_bytes(job.model, job.plan, job.recipe, windows, job.sources, job.files)
+    other_bytes = header + sum(map(len, job.files.values()))
+    spread = spread_bits(job.plan, sweep, job.recipe, other_bytes)
+    plan = plan_tensors(job.model, job.recipe, spread.specs)
+    return replace(job, plan=plan, windows=windows, gap=spread.allocation.gap)
+
+
+def draw_windows(job: Job, journal: Journal, warn: Callable[[str], None]) -> TokenWindows | None:
+    """The calibration windows, if there is anything to calibrate."""
+    if not job.recipe.n_windows:
+        return None
+    windows = draw_sample(job.model, job.recipe, job.tokenizer, keep_own=journal.sample_of(job.identity()))
+    for line in (*windows.warnings, *windows.notes):
+        warn(line)
+    release_free_memory()  # the tokenizer's
+    return windows

@@ -1,0 +1,122 @@
+"""From a command's options to a recipe: what is left open is filled in by the method and the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import ConfigError
+from qtool.memory import parse_size
+from qtool.recipe import METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
+
+GROUP_SIZES = {"int": 128, "nf4": 64, "fp4": 64, "fitted": 64, "trellis": -1}
+EFFORTS = ("fast", "default", "best")
+SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
+"""SpQR's near-lossless recipe (arXiv 2306.03078), statistics in sets of 16 rows; the user's own choices go first."""
+INT8 = {"format": "int", "bits": 8, "stat_bits": 0}
+"""What LLM.int8() is, where it has to be said at all."""
+BEST_MEMORY = 9
+TRELLIS_OUTLIERS = 4.0
+"""A path has no level for a weight far from all others; some hundredths of a percent are kept, those that cost most."""
+
+
+def build_recipe(
+    *,
+    calibration: str,
+    text_field: str,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    embeddings: int | None,
+    target_size: str | None = None,
+    target_bits: float | None = None,
+    fused: bool = False,
+    layers: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    **linears: Any,
+) -> Recipe:
+    """The recipe of a command's options; ConfigError names the value that makes no sense."""
+    target = None
+    if target_size is not None or target_bits is not None:
+        size = 0 if target_size is None else parse_size(target_size, "--target-size")
+        target = Target(size_bytes=size, bits=target_bits or 0.0)
+        if linears.get("bits") is not None:
+            raise ConfigError(f"--bits {linears['bits']}: a target chooses the bits itself; give one of the two")
+    return Recipe(
+        linears=_linears(targeted=target is not None, **linears),
+        embeddings=(0 if target is not None and target.size_bytes else 8) if embeddings is None else embeddings,
+        calibration=CalibrationSpec(
+            source=calibration, text_field=text_field, samples=samples, seq_len=seq_len, seed=seed
+        ),
+        target=target,
+        fused=fused,
+        layers=tuple(_layer_bits(text) for text in layers),
+        ignore=tuple(ignore),
+    )
+
+
+def _linears(
+    *,
+    targeted: bool,
+    method: str,
+    number_format: str | None,
+    effort: str,
+    outliers: str | None,
+    outlier_threshold: float | None,
+    **values: Any,
+) -> QuantSpec:
+    one_of("method", method, (*METHODS, "spqr"))
+    one_of("effort", effort, EFFORTS)
+    chosen = {name: value for name, value in values.items() if value is not None}
+    if method == "int8":
+        _refuse_for_int8({"format": number_format} | chosen)
+    chosen["outliers"] = 0.0 if outliers is None else parse_share(outliers)
+    if outlier_threshold is not None:
+        chosen["outlier_threshold"] = outlier_threshold
+    if method == "spqr":
+        method = "gptq"
+        own = SPQR if outliers is None else {k: v for k, v in SPQR.items() if k != "outlier_threshold"}
+        chosen = own | chosen
+    if number_format is None:
+        number_format = "trellis" if method == "gptq" and (effort == "best" or targeted) else "int"
+    if number_format == "trellis" and effort == "best":
+        chosen["memory"] = BEST_MEMORY
+    if number_format == "trellis" and outliers is None and method == "gptq":
+        chosen.setdefault("outlier_threshold", TRELLIS_OUTLIERS)
+    if effort == "fast":
+        chosen["scale_search"] = False
+    chosen.setdefault("group_size", GROUP_SIZES.get(number_format, 128))
+    return QuantSpec(method=method, format=number_format, **chosen)  # type: ignore[arg-type]
+
+
+def _refuse_for_int8(chosen: dict[str, Any]) -> None:
+    """Its form is fixed: whatever else is asked for would be left undone."""
+    for name, own in INT8.items():
+        if chosen.get(name, own) not in (None, own):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} {chosen[name]}: --method int8 has 8 bits in rows; leave it out")
+
+
+def parse_share(text: str) -> float:
+    """0.5% or 0.005 as 0.005."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ConfigError(f"--outliers {text}: must be a share of the weights, as 0.5% or 0.005") from None
+
+
+def _layer_bits(text: str) -> tuple[str, int]:
+    pattern, separator, bits = text.rpartition("=")
+    if not (separator and pattern and bits.isdigit()):
+        raise ConfigError(f"--layer {text}: must be REGEX=BITS, as 'down_proj=4'")
+    return pattern, int(bits)
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    """NAME-BITSbit.qtm in the working directory, after the model's own name; NAME-SIZE.qtm for a target size."""
+    path = Path(model).expanduser()
+    name = path.stem if path.is_file() else path.resolve().name
+    if recipe.target is None:
+        return Path(f"{name}-{recipe.linears.bits}bit.qtm")
+    size, bits = recipe.target.size_bytes, recipe.target.bits
+    return Path(f"{name}-{size / 1e6:g}MB.qtm" if size else f"{name}-{bits:g}bit.qtm")

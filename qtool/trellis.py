@@ -1,0 +1,239 @@
+"""Trellis-coded quantization: a column of weights is one path through a trellis, found by the Viterbi algorithm.
+
+Marcellin and Fischer (1990) with Ungerboeck's codes; QTIP (arXiv 2406.11235) brought it to language models. At equal
+bits its error is about 2 dB below that of a grid: as if half a bit were free. A code's lowest bit moves the state, its
+other bits choose a level in the subset that the move allows; SPEC 7.14 has the decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.layer import Layer, SparseOutliers, TrellisLinear, TwoLevel
+from formats.trellis import SUBSETS, subsets
+from qtool.grid import FP16_TINY, Grid, Trial, fit_ranges, fp16_rows
+from qtool.recipe import QuantSpec
+from qtool.sizes import MAX_RUN, run_length
+from qtool.statistics import round_two_level
+
+TAIL = 5.0
+WIDENINGS = (1.12, 1.25)
+REFINEMENTS = 2
+MAX_THREADS = numba.get_num_threads()
+TRAINING_SAMPLE = 1 << 15
+TRAINING_STEPS = 12
+
+
+def _round_block(
+    free: np.ndarray,
+    chol: np.ndarray,
+    limits: np.ndarray,
+    scales: np.ndarray,
+    subset_levels: np.ndarray,
+    subsets: np.ndarray,
+    run: int,
+    codes: np.ndarray,
+    decoded: np.ndarray,
+    errors: np.ndarray,
+) -> None:
+    """GPTQ over the columns of a block, each run's column the cheapest path for what it has become by then.
+
+    free: [b, out] f32, changed; chol: [b, b] f32, U of these columns; limits: [b] f32, an outlier's error is beyond;
+    scales: [b, out] f32; subset_levels: [4, n] f32; subsets: [states] u8, of each window whose oldest path bit is 0
+    (where it is 1, it is the other one of its pair: the last tap is in the upper parity alone); written are [b, out]:
+    codes u8, decoded f32, errors f32 (over U_jj, an outlier's 0).
+
+    Runs do not touch each other, so each goes through the whole block by itself.
+    """
+    n_columns, n_rows = free.shape
+    n_states, n_levels = subsets.shape[0], subset_levels.shape[1]
+    half = n_states // 2
+    for i in numba.prange((n_rows + run - 1) // run):
+        first = i * run
+        length = min(run, n_rows - first)
+        cost, following = np.empty(n_states, np.float32), np.empty(n_states, np.float32)
+        came_from = np.empty((length, n_states), np.uint8)
+        chosen = np.empty((length, 4), np.uint8)
+        error = np.empty(4, np.float32)
+        for j in range(n_columns):
+            cost[:] = np.float32(1e30)
+            cost[0] = 0
+            for t in range(length):
+                weight, scale = free[j, first + t], scales[j, first + t]
+                for subset in range(4):
+                    best, best_level = np.float32(np.inf), 0
+                    for level in range(n_levels):
+                        distance = weight - scale * subset_levels[subset, level]
+                        distance = distance * distance
+                        if distance < best:
+                            best, best_level = distance, level
+                    error[subset] = best
+                    chosen[t, subset] = best_level
+                for pair in range(half):
+                    subset = subsets[2 * pair]
+                    own, other = error[subset], error[subset ^ 2]
+                    low, high = cost[pair], cost[pair + half]
+                    following[2 * pair] = min(low + own, high + other)
+                    came_from[t, 2 * pair] = high + other < low + own
+                    following[2 * pair + 1] = min(low + other, high + own)
+                    came_from[t, 2 * pair + 1] = high + own < low + other
+                cost, following = following, cost
+            state = np.argmin(cost)
+            for t in range(length - 1, -1, -1):
+                oldest = came_from[t, state]
+                subset = subsets[state] ^ (2 * oldest)
+                level = chosen[t, subset]
+                codes[j, first + t] = (state & 1) | (level << 1)
+                decoded[j, first + t] = scales[j, first + t] * subset_levels[subset, level]
+                state = (state >> 1) | (oldest * half)
+            for t in range(first, first + length):
+                residual = free[j, t] - decoded[j, t]
+                errors[j, t] = residual / chol[j, j] if abs(residual) <= limits[j] else np.float32(0)
+            for k in range(j + 1, n_columns):
+                share = chol[j, k]
+                for t in range(first, first + length):
+                    free[k, t] -= share * errors[j, t]
+
+
+_round_block_compiled = cast(Callable[..., None], numba.njit(parallel=True, cache=True)(_round_block))
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisGrid(Grid):
+    """scale * levels[subset of the path, code]: scales [G, out] f32 as stored, levels [2**(bits + 1)] f32."""
+
+    scales: Tensor
+    levels: Tensor
+    bits: int
+    memory: int
+    run: int
+    stored: TwoLevel | None = None
+
+    @property
+    def row_step(self) -> int:  # type: ignore[override]
+        return self.run
+
+    def rows(self, stripe: slice) -> TrellisGrid:
+        return replace(self, scales=self.scales[:, stripe], stored=None)
+
+    def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
+        columns = weight.reshape(-1, weight.shape[-1])
+        scales = self.scales[torch.as_tensor(group).reshape(-1)]
+        codes, decoded, _ = self._round(columns.contiguous().clone(), torch.eye(len(columns)), scales)
+        return codes.view(weight.shape), decoded.view(weight.shape)
+
+    def round_block(
+        self, free: Tensor, chol: Tensor, groups: Tensor, limits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._round(free, chol, self.scales[groups], limits)
+
+    def _round(
+        self, free: Tensor, chol: Tensor, scales: Tensor, limits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        limits = torch.full((len(free),), torch.inf) if limits is None else limits
+        codes, decoded, errors = (
+            torch.empty(free.shape, dtype=torch.uint8),
+            torch.empty_like(free),
+            torch.empty_like(free),
+        )
+        numba.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+        _round_block_compiled(
+            free.numpy(),
+            chol.contiguous().numpy(),
+            limits.numpy(),
+            scales.contiguous().numpy(),
+            np.ascontiguousarray(self.levels.numpy().reshape(-1, 4).T),
+            SUBSETS[self.memory][: 1 << self.memory],
+            self.run,
+            codes.numpy(),
+            decoded.numpy(),
+            errors.numpy(),
+        )
+        return codes, decoded, errors
+
+    def refined(self, trial: Callable[[Grid], Trial]) -> TrellisGrid:
+        """Scales widened for what the errors of other columns add to the weights, and levels that fit the result."""
+        best, result = self, trial(self)
+        for factor in WIDENINGS if self.stored is None else ():
+            wider = replace(self, scales=(self.scales * factor).half().float())
+            if (found := trial(wider)).cost < result.cost:
+                best, result = wider, found
+        for _ in range(REFINEMENTS):
+            fitted = replace(best, levels=best.rows(result.rows).mean_levels(result))
+            if (found := trial(fitted)).cost >= result.cost:
+                break
+            best, result = fitted, found
+        return best
+
+    def mean_levels(self, solved: Trial) -> Tensor:
+        """Each level where the mean of its weights is, by Lloyd's rule; the distribution is taken for symmetric."""
+        codes = solved.codes.numpy().T
+        index = (subsets(codes & np.uint8(1), self.memory, self.run) + 4 * (codes >> 1)).T.ravel()
+        scales = self.scales[solved.groups]
+        units = (solved.weights / scales.where(scales != 0, 1.0)).numpy().ravel()
+        n = len(self.levels)
+        count, total = np.bincount(index, minlength=n), np.bincount(index, units, n)
+        count, total = count + count[::-1], total - total[::-1]
+        mean = np.where(count > 0, total / np.maximum(count, 1), self.levels.numpy())
+        return torch.from_numpy(mean.astype(np.float16).astype(np.float32))
+
+    def layer(
+        self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None
+    ) -> Layer:
+        return TrellisLinear(
+            codes=codes,
+            scales=fp16_rows(self.scales) if self.stored is None else self.stored,
+            levels=self.levels.numpy().astype(np.float16),
+            bits=self.bits,
+            memory=self.memory,
+            run=self.run,
+            group_size=group_size,
+            input_scales=input_scales,
+            outliers=outliers,
+        )
+
+
+@functools.cache
+def gaussian_levels(bits: int, memory: int) -> Tensor:
+    """Levels [2**(bits + 1)] f32 with fp16 values for units of a normal distribution, by Lloyd's algorithm."""
+    n = 2 << bits
+    units = torch.randn(1, TRAINING_SAMPLE, generator=torch.Generator().manual_seed(0))
+    levels: Tensor = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).float() * 1.1
+    group = torch.zeros(1, dtype=torch.long)
+    for _ in range(TRAINING_STEPS):
+        grid = TrellisGrid(torch.ones_like(units), levels, bits, memory, MAX_RUN)
+        codes, _ = grid.quantize(units, group)
+        levels = grid.mean_levels(Trial(0.0, codes, units, group, slice(None)))
+    return levels
+
+
+def fit_trellis(weight: Tensor, spec: QuantSpec, *, input_scales: Tensor | None = None) -> TrellisGrid:
+    """The grid of weight [out, in], its input scales [in] divided out: each group scaled by its root mean square."""
+
+    def spread(rows: Tensor, _columns: slice) -> tuple[Tensor, Tensor]:
+        squares = rows.square()
+        usual = squares <= TAIL**2 * squares.mean(1, keepdim=True)  # the few beyond would widen it for all
+        scale = (squares * usual).sum(1).div_(usual.sum(1)).sqrt()
+        return scale, scale
+
+    scales, _ = fit_ranges(weight, input_scales, spec.groups_of(weight.shape[1]), spread)
+    stored = None
+    if spec.stat_bits:
+        stored, scales = round_two_level(scales, spec.stat_bits, spec.stat_rows)
+    scales = scales.half().float() if stored is None else scales
+    return TrellisGrid(
+        scales=scales.clamp(min=FP16_TINY) if stored is None else scales,
+        levels=gaussian_levels(spec.bits, spec.memory),
+        bits=spec.bits,
+        memory=spec.memory,
+        run=run_length(weight.shape[0]),
+        stored=stored,
+    )
