@@ -22,14 +22,14 @@ from tqdm import tqdm
 from calibration.corpus import read_text
 from qtool.checkpoint import Checkpoint
 from qtool.errors import ConfigError, QuantizeError
-from qtool.figures import Estimate, Predictions, Stretches, Values, joined, mean, perplexity, token_scores
+from qtool.figures import Estimate, Predictions, Stretches, Values, collected, mean, perplexity, token_scores
 from qtool.logits_file import BaselineWriter, SavedBaseline
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
 from qtool.protocol import Protocol, Sample, Windows, cut_windows, scored
 from qtool.states import windows_per_batch
 
-LOGITS_AT_A_TIME = 1 << 23  # 32 MB as float32: a vocabulary is wide, and two models are compared
+LOGITS_AT_A_TIME = 1 << 22  # 16 MB as float32: a vocabulary is wide, and comparing two models takes several
 STATES_BYTES = 1 << 30  # all models' hidden states between two blocks
 
 
@@ -44,7 +44,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Flat; an estimate's error under its name and `_error`; what is not known is left out."""
         values: dict[str, Any] = {}
-        for name in (field.name for field in fields(self)):
+        common = [field.name for field in fields(Result)]
+        for name in sorted((field.name for field in fields(self)), key=common.__contains__):  # the figures come first
             value = getattr(self, name)
             if isinstance(value, Sample):
                 values |= asdict(value)
@@ -94,7 +95,8 @@ def evaluate_perplexity(
     models = [BlockwiseModel(c) for c in (checkpoint, baseline) if c is not None]
     windows = _windows(models, data, text_field, protocol or Protocol())
     with exact_float32():
-        scores = joined([token_scores(*predictions) for predictions in _predictions(models, windows)])
+        parts = (token_scores(*predictions) for predictions in _predictions(models, windows))
+        scores = collected(parts, windows.sample.tokens)
     stretches = windows.stretches()
     figures: dict[str, Any] = {}
     if baseline is not None:
@@ -125,18 +127,24 @@ def evaluate_divergence(
     models = [BlockwiseModel(c) for c in (checkpoint, baseline) if isinstance(c, Checkpoint)]
     windows = _windows(models, data, text_field, protocol or Protocol())
     shape = windows.sample, models[0].vocab_size
-    parts: list[dict[str, Tensor]] = []
     with exact_float32(), ExitStack() as stack:
         saved = stack.enter_context(SavedBaseline(baseline, *shape)) if isinstance(baseline, Path) else None
         writer = stack.enter_context(BaselineWriter(save_baseline, *shape)) if save_baseline else None
-        for predictions in _predictions(models, windows):
-            base = saved.read(len(predictions[0].nll)) if saved else predictions[1]
-            parts.append(token_scores(predictions[0], base))
-            if writer:
-                writer.write(base)
+        scores = collected(_compared(models, windows, saved, writer), windows.sample.tokens)
         if writer:
             writer.finish()
-    return _divergence(joined(parts), windows, started)
+    return _divergence(scores, windows, started)
+
+
+def _compared(
+    models: list[BlockwiseModel], windows: Windows, saved: SavedBaseline | None, writer: BaselineWriter | None
+) -> Iterator[dict[str, Tensor]]:
+    """The scores of the first model against what is saved, or against the second, which is written on the way."""
+    for predictions in _predictions(models, windows):
+        base = saved.read(len(predictions[0].nll)) if saved else predictions[1]
+        if writer:
+            writer.write(base)
+        yield token_scores(predictions[0], base)
 
 
 def _divergence(scores: dict[str, Values], windows: Windows, started: float) -> DivergenceResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -71,9 +72,17 @@ def divergence(base: Tensor, model: Tensor) -> Tensor:
     return torch.where(d.abs() < 1, near, far).sum(1)  # near: q - p cancels; far: expm1 may overflow
 
 
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Values]:
-    """The scores of successive tokens, each name's in one array."""
-    return {name: torch.cat([part[name] for part in parts]).double().numpy() for name in parts[0]}
+def collected(parts: Iterable[dict[str, Tensor]], n_tokens: int) -> dict[str, Values]:
+    """The scores of successive tokens, `n_tokens` in all, each name's in one array."""
+    columns: dict[str, Values] = {}
+    n_done = 0
+    for part in parts:
+        # All at once: a small array kept from each part would pin the heap between the large ones that come and go.
+        columns = columns or {name: np.empty(n_tokens) for name in part}
+        for name, values in part.items():
+            columns[name][n_done : n_done + len(values)] = values.numpy()
+        n_done += len(part["nll"])
+    return columns
 
 
 def mean(values: Values, stretches: Stretches | None) -> Estimate:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from formats.strict_json import brief
 from formats.writer import sync_folder
@@ -57,7 +56,8 @@ class BaselineWriter:
         self.path = path
         self._sample, self._vocab_size = sample, vocab_size
         self._part = path.with_name(f".{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
-        self._columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
+        self._columns = {name: np.empty(sample.tokens, kind) for name, kind in COLUMNS.items()}
+        self._n_written = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> BaselineWriter:
@@ -83,14 +83,14 @@ class BaselineWriter:
         with naming(self.path):
             self._file.write(raw)
         self._digest.update(raw)
+        done = slice(self._n_written, self._n_written + len(codes))
         for name, values in {"low": low, "step": step, "nll": rows.nll, "top": rows.top}.items():
-            self._columns[name].append(values)
+            self._columns[name][done] = values.numpy()
+        self._n_written = done.stop
 
     def finish(self) -> None:
         """Complete the file, make it durable and give it its name."""
-        columns = b"".join(
-            torch.cat(parts).numpy().astype(COLUMNS[name]).tobytes() for name, parts in self._columns.items()
-        )
+        columns = b"".join(values.tobytes() for values in self._columns.values())
         self._digest.update(columns)
         with naming(self.path):
             self._file.seek(0)
@@ -127,12 +127,13 @@ class SavedBaseline:
         self._sample, self._vocab_size = sample, vocab_size
         self._digest = hashlib.sha256()
         self._n_read = 0
+        self._buffer = bytearray()  # one for all reads
 
     def __enter__(self) -> SavedBaseline:
         self._file = open(self.path, "rb")
         try:
             self._sha256 = self._check_header()
-            self._raw = self._take(column_bytes(self._sample.tokens))
+            self._raw = bytearray(self._take(column_bytes(self._sample.tokens)))
             self._columns = self._split_columns()
         except BaseException:
             self._file.close()
@@ -200,8 +201,11 @@ class SavedBaseline:
         kinds = zip(COLUMNS.items(), starts, strict=True)
         return {name: np.frombuffer(self._raw, kind, n, start) for (name, kind), start in kinds}
 
-    def _take(self, n_bytes: int) -> bytearray:
-        data = bytearray(n_bytes)
+    def _take(self, n_bytes: int) -> memoryview:
+        """The next bytes, until the next call."""
+        if len(self._buffer) < n_bytes:
+            self._buffer = bytearray(n_bytes)
+        data = memoryview(self._buffer)[:n_bytes]
         if self._file.readinto(data) != n_bytes:  # cut while it was being read
             raise self._damaged()
         return data

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.figures import Estimate, Predictions, divergence, joined, mean, perplexity, token_scores
+from qtool.figures import Estimate, Predictions, collected, divergence, mean, perplexity, token_scores
 
 
 def test_mean_of_independent_values_by_hand():
@@ -104,7 +104,11 @@ def test_divergence_from_itself_is_nothing():
     assert divergence(logs, logs).tolist() == [0] * 5
 
 
-def test_scores_are_joined_in_order():
-    parts = [{"nll": torch.tensor([1.0, 2.0])}, {"nll": torch.tensor([3.0])}]
-    assert joined(parts)["nll"].tolist() == [1, 2, 3]
-    assert joined([{"same_top": torch.tensor([True, False])}])["same_top"].tolist() == [1, 0]
+def test_scores_are_collected_in_order():
+    parts = [
+        {"nll": torch.tensor([1.0, 2.0]), "same_top": torch.tensor([True, False])},
+        {"nll": torch.tensor([3.0]), "same_top": torch.tensor([True])},
+    ]
+    columns = collected(iter(parts), 3)
+    assert {name: values.tolist() for name, values in columns.items()} == {"nll": [1, 2, 3], "same_top": [1, 0, 1]}
+    assert {values.dtype for values in columns.values()} == {np.dtype(np.float64)}
