@@ -18,7 +18,7 @@ import numpy.typing as npt
 _Sizes: TypeAlias = npt.NDArray[np.int64]
 _Losses: TypeAlias = npt.NDArray[np.float64]
 _Choice: TypeAlias = npt.NDArray[np.intp]
-MAX_CELLS = 1 << 28
+MAX_CELLS = 1 << 26
 """Bytes of the exact method's table: for each layer a choice for every number of units left."""
 DUAL_STEPS = 60
 

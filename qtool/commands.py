@@ -101,7 +101,7 @@ def dry_run(
 def format_estimate(estimate: dict[str, Any]) -> str:
     lines = [
         f"file             {format_bytes(estimate['file_bytes'])}",
-        f"bits per weight  {estimate['bits_per_weight']:.3f}",
+        f"bits per weight  {estimate['bits_per_weight']:.3f}" + _uncounted(estimate),
         f"quantized        {estimate['quantized_share']:.2%} of {estimate['parameters']:,} parameters",
         f"peak memory      at most {format_bytes(estimate['peak_rss_bytes'])}",
         f"work folder      {format_bytes(estimate['work_bytes'])} besides the file, until the run is done",
@@ -113,6 +113,14 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         names = fold_names(row["name"] for row in estimate["left_dense"] if row["reason"] == reason)
         lines.append(f"  {reason}: {names}")
     return "\n".join(lines)
+
+
+def _uncounted(estimate: dict[str, Any]) -> str:
+    """What the figure leaves open."""
+    if estimate["outliers_by_threshold"]:
+        return " (outliers by a threshold come on top)"
+    gap = estimate["allocation_gap"]
+    return f" (its loss at most {gap:.2%} above the least)" if gap else ""
 
 
 def _format_bits(estimate: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ rows that the paper's Algorithm 1 would get by updating the inverse after every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -143,9 +143,16 @@ def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
     return _solve(weight, grid, spec, factor, rule)
 
 
-def rtn_quantize(weight: Tensor, spec: QuantSpec) -> Solution:
-    """Round to nearest: every weight on its own, no calibration; the error reported is that of the weights."""
-    return _solve(weight, fit_grid(weight, spec), spec, None, None)
+def rtn_quantize(weight: Tensor, spec: QuantSpec, stats: LayerStats | None = None) -> Solution:
+    """Round to nearest: every weight on its own; statistics, where there are some, only say what the error is.
+
+    Without them it is that of the weights.
+    """
+    solution = _solve(weight, fit_grid(weight, spec), spec, None, None)
+    if stats is None:
+        return solution
+    lost = output_energy(weight - solution.decoded, stats.hessian)
+    return replace(solution, relative_error=relative_error(lost, output_energy(weight, stats.hessian)))
 
 
 def fit_layer(weight: Tensor, factor: Factor, spec: QuantSpec) -> tuple[Grid, OutlierRule | None]:

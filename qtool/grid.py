@@ -172,7 +172,9 @@ def fit_uniform(
     stored, scales = round_two_level((high - low) / (2**bits - 1), stat_bits, stat_rows)
     if symmetric:
         return UniformGrid(scales, zeros, bits, symmetric, (stored, None))
-    stored_zeros, zeros = round_two_level(-low / scales.where(scales != 0, 1.0), stat_bits, stat_rows)
+    # A scale that was rounded down to next to nothing would give a zero that widens the range of all others in its set.
+    wanted = (-low / scales.where(scales != 0, 1.0)).clamp_(0, 2**bits - 1)
+    stored_zeros, zeros = round_two_level(wanted, stat_bits, stat_rows)
     return UniformGrid(scales, zeros, bits, symmetric, (stored, stored_zeros))
 
 
@@ -224,6 +226,9 @@ def range_to_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tupl
 
 def _decoded(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
     """weight [rows, g] rounded to the grid of the range (low, high) [rows]."""
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     scale, zero = (values[:, None] for values in range_to_grid(low, high, bits, symmetric))
     return decode(round_to_codes(weight, scale, zero, bits), scale, zero)
 

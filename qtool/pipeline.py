@@ -221,7 +221,7 @@ class _Run:
             weight = weights.pop(0)
             with error_context(tensor.name):
                 if tensor.spec.method == "rtn" or stats is None:
-                    solution = rtn_quantize(weight, tensor.spec)
+                    solution = rtn_quantize(weight, tensor.spec, stats)
                 elif tensor.spec.method == "int8":
                     solution = int8_quantize(weight, stats, tensor.spec)
                 else:

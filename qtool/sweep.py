@@ -45,17 +45,17 @@ def candidates(recipe: Recipe) -> dict[str, QuantSpec]:
     """The ways to store a layer of the blocks that a target chooses from, by key."""
     spec = recipe.linears
     widths = [bits for bits in BITS[spec.format] if bits <= 6 or spec.format == "int"]
-    return {_key(made): made for made in (replace(spec, bits=bits) for bits in widths)}
+    return {key_of(made): made for made in (replace(spec, bits=bits) for bits in widths)}
 
 
 def embedding_candidates(recipe: Recipe) -> dict[str, QuantSpec]:
     """The same for embeddings and head, where the recipe leaves it to the target."""
     specs = [replace(recipe, embeddings=bits).embedding_spec for bits in EMBEDDING_BITS]
-    return {_key(spec): spec for spec in specs if spec is not None}
+    return {key_of(spec): spec for spec in specs if spec is not None}
 
 
-def _key(spec: QuantSpec) -> str:
-    return f"{spec.format}{spec.bits}g{spec.group_size}o{spec.outliers:g}"
+def key_of(spec: QuantSpec) -> str:
+    return f"{spec.format}{spec.bits}g{spec.group_size}o{spec.outliers:g}t{spec.outlier_threshold:g}"
 
 
 def load_sweep(folder: Path, identity: Mapping[str, Any], plan: Iterable[TensorPlan]) -> Sweep | None:
@@ -137,16 +137,18 @@ class _Sweep:
             self.sweep.inputs[tensor.name] = readers[0].name
             rows = weight[:: max(1, len(weight) // SAMPLE_ROWS)]
             with error_context(tensor.name):
-                self.sweep.errors[tensor.name] = _errors(self.specs, _solver(rows, factor))
+                self.sweep.errors[tensor.name] = _errors(self.specs, _solver(rows, stats, factor))
 
     def _weight(self, tensor: TensorPlan) -> Tensor:
         weight = find_tensor(self.model.skeleton, tensor.name)
         return weight.T if tensor.transposed else weight
 
 
-def _solver(rows: Tensor, factor: Factor | None) -> Callable[[QuantSpec], Solution]:
+def _solver(rows: Tensor, stats: LayerStats | None, factor: Factor | None) -> Callable[[QuantSpec], Solution]:
     def solve(spec: QuantSpec) -> Solution:
-        return rtn_quantize(rows, spec) if factor is None or spec.method == "rtn" else gptq_quantize(rows, factor, spec)
+        if factor is None or spec.method == "rtn":
+            return rtn_quantize(rows, spec, stats)
+        return gptq_quantize(rows, factor, spec)
 
     return solve
 

@@ -12,7 +12,7 @@ from qtool.fit import planned_encoding
 from qtool.plan import TensorPlan
 from qtool.recipe import QuantSpec, Recipe
 from qtool.sizes import format_bytes, stored_bytes
-from qtool.sweep import Sweep, candidates, embedding_candidates
+from qtool.sweep import Sweep, candidates, embedding_candidates, key_of
 
 SHARE_MARGIN, LEAST_SHARE = 1.25, 2e-5
 """Some rows spoke for all of a layer's outliers: this much more is set aside for them, and none is kept beyond."""
@@ -38,6 +38,8 @@ def spread_bits(plan: Sequence[TensorPlan], sweep: Sweep, recipe: Recipe, other_
     options = [_options(group, sweep, recipe) for group in groups]
     chosen = {tensor.name for group in groups for tensor in group}
     layers = [[Candidate(n_bytes, loss) for _, n_bytes, loss in option] for option in options]
+    given = _given(plan, sweep)
+    plan = [replace(t, encoding=planned_encoding(given[t.name], t.shape)) if t.name in given else t for t in plan]
     budget = _budget(plan, chosen, recipe, other_bytes)
     allocation = allocate(layers, budget)
     if allocation is None:
@@ -48,7 +50,7 @@ def spread_bits(plan: Sequence[TensorPlan], sweep: Sweep, recipe: Recipe, other_
         for group, option, i in zip(groups, options, allocation.choice, strict=True)
         for tensor in group
     }
-    return Spread(specs=specs, allocation=allocation)
+    return Spread(specs=specs | given, allocation=allocation)
 
 
 def _groups(plan: Sequence[TensorPlan], recipe: Recipe, inputs: Mapping[str, str]) -> list[list[TensorPlan]]:
@@ -83,7 +85,13 @@ def _capped(spec: QuantSpec, share: float) -> QuantSpec:
     """The spec with an upper bound for what a threshold keeps, a little above the measured share of the weights."""
     if not spec.outlier_threshold:
         return spec
-    return replace(spec, outliers=min(0.49, SHARE_MARGIN * share + LEAST_SHARE))
+    return replace(spec, outliers=min(spec.outliers or 0.49, SHARE_MARGIN * share + LEAST_SHARE))
+
+
+def _given(plan: Sequence[TensorPlan], sweep: Sweep) -> dict[str, QuantSpec]:
+    """The specs of layers whose bits the user gave, with a bound for their outliers."""
+    given = {t.name: t.spec for t in plan if t.is_overridden and t.in_block and t.spec is not None}
+    return {name: _capped(spec, sweep.errors[name].get(key_of(spec), (0.0, 0.0))[1]) for name, spec in given.items()}
 
 
 def _budget(plan: Sequence[TensorPlan], chosen: set[str], recipe: Recipe, other_bytes: int) -> int:

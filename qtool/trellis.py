@@ -168,7 +168,7 @@ class TrellisGrid(Grid):
                 best, result = wider, found
         for _ in range(REFINEMENTS):
             fitted = replace(best, levels=best.rows(result.rows).mean_levels(result))
-            if (found := trial(fitted)).cost >= result.cost:
+            if not (found := trial(fitted)).cost < result.cost:
                 break
             best, result = fitted, found
         return best
@@ -179,7 +179,8 @@ class TrellisGrid(Grid):
         index = (subsets(codes & np.uint8(1), self.memory, self.run) + 4 * (codes >> 1)).T.ravel()
         scales = self.scales[solved.groups]
         units = (solved.weights / scales.where(scales != 0, 1.0)).numpy().ravel()
-        n = len(self.levels)
+        seen = (scales.expand(solved.weights.shape) > FP16_TINY).numpy().ravel()  # a group of zeros has no units
+        index, units, n = index[seen], units[seen], len(self.levels)
         count, total = np.bincount(index, minlength=n), np.bincount(index, units, n)
         count, total = count + count[::-1], total - total[::-1]
         mean = np.where(count > 0, total / np.maximum(count, 1), self.levels.numpy())

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.grid import FP16_TINY, UniformGrid, fit_uniform, group_slices
+from qtool.outliers import OutlierRule
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -86,3 +87,23 @@ def test_the_search_never_makes_the_weighted_error_larger(bits):
         errors.append(((d @ hessian) * d).sum(1))
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
     assert errors[1].sum() < 0.95 * errors[0].sum()
+
+
+def test_a_weak_row_does_not_take_the_zeros_of_its_set():
+    """Its scale is rounded to next to nothing, and what its zero would be then has no place in the set's range."""
+    weight = weights(16, 16)
+    alone = fit_uniform(weight[2:], 16, 3, symmetric=False, stat_bits=3)
+    weight[0] *= 1e-4
+    weight[1] *= 0.05
+    grid = fit_uniform(weight, 16, 3, symmetric=False, stat_bits=3)
+    assert grid.zeros.max() <= 7 + 1e-3
+    error = (rounded(weight, grid, 16)[2:] - weight[2:]).square().sum()
+    assert error < 3 * (rounded(weight[2:], alone, 16) - weight[2:]).square().sum()
+
+
+def test_a_symmetric_grid_is_the_one_that_outliers_are_left_out_of():
+    """All negative but one: the range that is really used reaches as far up as down."""
+    weight = torch.tensor([[-1.0, -1.0, -0.9, -0.8, -0.7, -0.6, -0.5, 0.1]])
+    rule = OutlierRule(0.05, torch.ones(8))
+    plain = fit_uniform(weight, 8, 4, symmetric=True)
+    assert torch.equal(fit_uniform(weight, 8, 4, symmetric=True, rule=rule).scales, plain.scales)

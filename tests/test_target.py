@@ -207,6 +207,24 @@ def test_exceptions_count_inside_the_budget(targeted, output, target, exception)
     assert kept == {("dense", 32) if exception[0] == "--ignore" else ("uniform", int(exception[1][-1]))}
 
 
+@pytest.mark.parametrize("exception", [(), ("--layer", "v_proj=4")])
+def test_outliers_by_a_threshold_count_inside_the_budget(command, output, exception):
+    """A layer keeps what it was measured to keep, whether its bits are the target's or the user's choice."""
+    options = ("--method", "spqr", "--outlier-threshold", "0.2", "--effort", "fast", "--target-bits", "8")
+    run = run_qtool(*command, *options, *exception)
+    assert run.exit_code == 0, run.output
+    found = qtool_json("inspect", output)
+    assert found["bits_per_weight"] <= 8
+    assert sum(row["outliers"] for row in found["tensors"]) > 0
+
+
+def test_a_rounded_file_under_a_target_is_verified_against_its_model(command, output, tiny_files):
+    assert run_qtool(*command, "--method", "rtn", "--target-bits", "6").exit_code == 0
+    source = ("--calibration", tiny_files.text)
+    run = run_qtool("verify", output, "--against", tiny_files.model("llama"), *source)
+    assert run.exit_code == 0, run.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
