@@ -10,10 +10,10 @@ from torch import Tensor
 
 from formats.layer import CodebookLinear, DoubleQuant, Layer, SparseOutliers, TwoLevel
 from formats.layer.codebook import level_table
-from qtool.grid import FP16_TINY, Grid, fit_ranges, fp16_rows, full_range, search_range
+from qtool.grid import Grid, fit_ranges, full_range, range_fit
 from qtool.outliers import OutlierRule
 from qtool.recipe import QuantSpec
-from qtool.statistics import round_double, round_two_level
+from qtool.statistics import FP16_TINY, by_row, round_double, round_two_level
 
 LLOYD_STEPS = 25
 FIT_SAMPLE = 1 << 17
@@ -63,7 +63,7 @@ class CodebookGrid(Grid):
         fitted = self.levels.name == "fitted"
         return CodebookLinear(
             codes=codes,
-            scales=fp16_rows(self.scales) if self.stored is None else self.stored,
+            scales=by_row(self.scales, np.float16) if self.stored is None else self.stored,
             levels=self.levels.values.numpy().astype(np.float16) if fitted else self.levels.name,
             bits=self.bits,
             group_size=group_size,
@@ -122,21 +122,8 @@ def fit_codebook(
         scale = torch.maximum(-low, high).half().float().clamp_(min=FP16_TINY)[:, None]
         return scale * levels.quantize(rows / scale)[1]
 
-    def ranges(rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        if rule is not None:
-            rows = rule.without_outliers(rows, columns, decoded)
-        low, high = full_range(rows, symmetric=True)
-        if hessian is None:
-            return low, high
-        metric = hessian[columns, columns]
-
-        def cost(low: Tensor, high: Tensor) -> Tensor:
-            error = decoded(rows, low, high).sub_(rows)
-            return (error @ metric).mul_(error).sum(1)
-
-        return search_range(low, high, cost)
-
-    _, scales = fit_ranges(weight, input_scales, spec.groups_of(weight.shape[1]), ranges)
+    fit = range_fit(decoded, True, hessian, rule)
+    _, scales = fit_ranges(weight, input_scales, spec.groups_of(weight.shape[1]), fit)
     if spec.double_quant:
         stored, scales = round_double(scales)
         return CodebookGrid(scales, levels, spec.bits, stored)

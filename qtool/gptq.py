@@ -8,7 +8,7 @@ rows that the paper's Algorithm 1 would get by updating the inverse after every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -45,6 +45,10 @@ class Factor:
     damped: Tensor  # [in, in] f32: the damped Hessian of the scaled input, in the layer's own order
     damping: Tensor  # [in] f32: what was added to its diagonal
     percdamp: float  # what it took to factor it
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """weight [rows, in] as it is stored: its input scales divided out."""
+        return weight if self.input_scales is None else weight / self.input_scales
 
     @property
     def cost(self) -> Tensor:
@@ -140,7 +144,7 @@ def _floored(values: Tensor) -> Tensor:
 def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
     """GPTQ of weight [out, in] f32: groups are static, fitted before the first column is rounded."""
     grid, rule = fit_layer(weight, factor, spec)
-    return _solve(weight, grid, spec, factor, rule)
+    return _solve(weight, grid, spec, factor, rule, (factor.damped, factor.damping))
 
 
 def rtn_quantize(weight: Tensor, spec: QuantSpec, stats: LayerStats | None = None) -> Solution:
@@ -148,11 +152,7 @@ def rtn_quantize(weight: Tensor, spec: QuantSpec, stats: LayerStats | None = Non
 
     Without them it is that of the weights.
     """
-    solution = _solve(weight, fit_grid(weight, spec), spec, None, None)
-    if stats is None:
-        return solution
-    lost = output_energy(weight - solution.decoded, stats.hessian)
-    return replace(solution, relative_error=relative_error(lost, output_energy(weight, stats.hessian)))
+    return _solve(weight, fit_grid(weight, spec), spec, None, None, (stats.hessian if stats else None, None))
 
 
 def fit_layer(weight: Tensor, factor: Factor, spec: QuantSpec) -> tuple[Grid, OutlierRule | None]:
@@ -167,8 +167,7 @@ def fit_layer(weight: Tensor, factor: Factor, spec: QuantSpec) -> tuple[Grid, Ou
 def _trial(weight: Tensor, factor: Factor, spec: QuantSpec, rule: OutlierRule | None) -> Callable[[Grid], Trial]:
     """Solves some rows of weight [out, in] with a grid for all of it."""
     rows = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
-    stored = weight[rows] if factor.input_scales is None else weight[rows] / factor.input_scales
-    groups = torch.from_numpy(group_index(weight.shape[1], spec.groups_of(weight.shape[1])))
+    stored, groups = factor.stored(weight[rows]), _groups(weight, spec)
 
     def trial(grid: Grid) -> Trial:
         solved, errors = _round_columns(stored, factor, grid.rows(rows), groups, rule)
@@ -197,24 +196,35 @@ def _kept_share(weight: Tensor, factor: Factor, spec: QuantSpec, threshold: floa
     """The share of weight [rows, in] that is kept at a threshold."""
     rule, kept = OutlierRule(threshold, factor.cost), OutlierList()
     grid = fit_grid(weight, spec, factor.input_scales, factor.cost, _metric(factor, spec), rule)
-    stored = weight if factor.input_scales is None else weight / factor.input_scales
-    groups = torch.from_numpy(group_index(weight.shape[1], spec.groups_of(weight.shape[1])))
-    _round_columns(stored, factor, grid, groups, rule, partial(kept.add, 0))
+    _round_columns(factor.stored(weight), factor, grid, _groups(weight, spec), rule, partial(kept.add, 0))
     return len(kept) / weight.numel()
 
 
-def _solve(weight: Tensor, grid: Grid, spec: QuantSpec, factor: Factor | None, rule: OutlierRule | None) -> Solution:
-    """Solve weight [out, in] a stripe of rows at a time: rows do not touch each other, and temporaries stay small."""
+def _groups(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """[in] i64: the group of each column of weight [out, in]."""
+    return torch.from_numpy(group_index(weight.shape[1], spec.groups_of(weight.shape[1])))
+
+
+def _solve(
+    weight: Tensor,
+    grid: Grid,
+    spec: QuantSpec,
+    factor: Factor | None,
+    rule: OutlierRule | None,
+    metric: tuple[Tensor | None, Tensor | None],
+) -> Solution:
+    """Solve weight [out, in] a stripe of rows at a time: rows do not touch each other, and temporaries stay small.
+
+    metric: what the error is measured by, as `output_energy` takes it.
+    """
     out_features, in_features = weight.shape
-    group_size, kept = spec.groups_of(in_features), OutlierList()
-    groups = torch.from_numpy(group_index(in_features, group_size))
+    groups, kept = _groups(weight, spec), OutlierList()
     scales = None if factor is None else factor.input_scales
-    metric = (None, None) if factor is None else (factor.damped, factor.damping)
     decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
     codes = np.empty((out_features, in_features), np.uint8)
     stripes = _stripes(weight.shape, grid.row_step)
     for rows in stripes:
-        stored = weight[rows] if scales is None else weight[rows] / scales
+        stored = weight[rows] if factor is None else factor.stored(weight[rows])
         solved = _quantize_rows(stored, grid.rows(rows), groups, factor, rule, partial(kept.add, rows.start))
         codes[rows] = solved.codes.numpy().T
         decoded[rows] = solved.decoded.T
@@ -223,11 +233,11 @@ def _solve(weight: Tensor, grid: Grid, spec: QuantSpec, factor: Factor | None, r
     kept.add_to(decoded)
     lost = energy = 0.0
     for rows in stripes:
-        stored = weight[rows] if scales is None else weight[rows] / scales
+        stored = weight[rows] if factor is None else factor.stored(weight[rows])
         lost += output_energy(stored - decoded[rows], *metric)
         energy += output_energy(stored, *metric)
     fp16_scales = None if scales is None else scales.numpy().astype(np.float16)
-    layer = grid.layer(codes, group_size, fp16_scales, kept.sparse((out_features, in_features)))
+    layer = grid.layer(codes, spec.groups_of(in_features), fp16_scales, kept.sparse((out_features, in_features)))
     return Solution(layer, decoded if scales is None else decoded.mul_(scales), relative_error(lost, energy))
 
 

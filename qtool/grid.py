@@ -1,4 +1,4 @@
-"""What a layer's weights are rounded to: fitted once for a stripe of rows, then asked column by column.
+"""What a layer's weights are rounded to: fitted once, then asked column by column.
 
 A grid is fitted against its scales as they are stored, so that nothing downstream ever sees another value. Decoding
 is `formats.layer.decode`, here as in the loader.
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from formats.layer import Layer, QuantizedLinear, SparseOutliers, TwoLevel, decode
 from qtool.outliers import OutlierRule
-from qtool.statistics import round_two_level
+from qtool.statistics import FP16_TINY, by_row, round_two_level
 
 SHRINK_STEPS = 24
 SHRINK_MIN = 0.6  # a group's best range is rarely below this share of its largest weight
 MAX_ELEMENTS = 1 << 19  # weights searched at a time: the temporaries then stay in the cache
-FP16_TINY = 2.0**-24  # the smallest scale that fp16 stores; an all-zero group gets it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,11 +55,7 @@ class Grid(ABC):
         free: [b, rows] f32, changed: each column's error is made up for by those behind it; chol: [b, b], their U;
         groups: [b]; limits: [b], an error beyond which is an outlier's: it is stored, and leaves nothing to make up for
         """
-        codes, decoded, errors = (
-            torch.empty(free.shape, dtype=torch.uint8),
-            torch.empty_like(free),
-            torch.empty_like(free),
-        )
+        codes, decoded, errors = empty_block(free)
         pivots = chol.diagonal().tolist()
         for j, group in enumerate(groups.tolist()):
             codes[j], decoded[j] = self.quantize(free[j], group)
@@ -103,12 +98,12 @@ class UniformGrid(Grid):
     def layer(
         self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None
     ) -> QuantizedLinear:
-        scales: np.ndarray | TwoLevel = fp16_rows(self.scales)
+        scales: np.ndarray | TwoLevel = by_row(self.scales, np.float16)
         zeros: np.ndarray | TwoLevel | None = None
         if self.levels is not None:
             scales, zeros = self.levels
         elif not self.symmetric:
-            zeros = np.ascontiguousarray(self.zeros.numpy().T.astype(np.uint8))
+            zeros = by_row(self.zeros, np.uint8)
         return QuantizedLinear(
             codes=codes,
             scales=scales,
@@ -120,14 +115,14 @@ class UniformGrid(Grid):
         )
 
 
+def empty_block(free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `round_block` gives for a block [b, rows]."""
+    return torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), torch.empty_like(free)
+
+
 def round_to_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The codes nearest to `weight`; a scale of zero, which two-level statistics can give, decodes every code alike."""
     return torch.round(weight / scale.where(scale != 0, 1.0) + zero).clamp_(0, 2**bits - 1)
-
-
-def fp16_rows(scales: Tensor) -> np.ndarray:
-    """[G, out] f32 -> [out, G] f16."""
-    return np.ascontiguousarray(scales.numpy().T.astype(np.float16))
 
 
 def group_slices(in_features: int, group_size: int) -> Iterator[slice]:
@@ -155,17 +150,10 @@ def fit_uniform(
     group and H_g the group's own block of the Hessian. With a rule, weights that it calls outliers do not count.
     """
 
-    def ranges(rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        if rule is not None:
-            rows = rule.without_outliers(rows, columns, lambda w, low, high: _decoded(w, low, high, bits, symmetric))
-        low, high = full_range(rows, symmetric)
-        if hessian is None:
-            return low, high
-        return search_range(
-            low, high, lambda a, b: _weighted_error(rows, a, b, bits, symmetric, hessian[columns, columns])
-        )
+    def decoded(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return _decoded(rows, low, high, bits, symmetric)
 
-    low, high = fit_ranges(weight, input_scales, group_size, ranges)
+    low, high = fit_ranges(weight, input_scales, group_size, range_fit(decoded, symmetric, hessian, rule))
     scales, zeros = range_to_grid(low, high, bits, symmetric)
     if not stat_bits:
         return UniformGrid(scales, zeros, bits, symmetric)
@@ -193,6 +181,29 @@ def fit_ranges(
         lows.append(torch.cat([low for low, _ in parts]))
         highs.append(torch.cat([high for _, high in parts]))
     return torch.stack(lows), torch.stack(highs)
+
+
+def range_fit(
+    decoded: Callable[[Tensor, Tensor, Tensor], Tensor],
+    symmetric: bool,
+    hessian: Tensor | None,
+    rule: OutlierRule | None,
+) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+    """How `fit_ranges` fits some rows [n, g] of a group: without outliers, and searched where there is a Hessian.
+
+    decoded(rows, low, high): the rows rounded to the grid of a range.
+    """
+
+    def fit(rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        if rule is not None:
+            rows = rule.without_outliers(rows, columns, decoded)
+        low, high = full_range(rows, symmetric)
+        if hessian is None:
+            return low, high
+        metric = hessian[columns, columns]
+        return search_range(low, high, lambda a, b: weighted_error(rows, decoded(rows, a, b), metric))
+
+    return fit
 
 
 def full_range(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -233,7 +244,7 @@ def _decoded(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bo
     return decode(round_to_codes(weight, scale, zero, bits), scale, zero)
 
 
-def _weighted_error(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, metric: Tensor) -> Tensor:
-    """dᵀ metric d for each row's rounding error d: [rows]."""
-    error = _decoded(weight, low, high, bits, symmetric).sub_(weight)
+def weighted_error(weight: Tensor, decoded: Tensor, metric: Tensor) -> Tensor:
+    """dᵀ metric d for each row's rounding error d: [rows]; `decoded` [rows, g] is used up."""
+    error = decoded.sub_(weight)
     return (error @ metric).mul_(error).sum(1)

@@ -32,7 +32,7 @@ from qtool.journal import Journal
 from qtool.memory import reset_peak
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import dense_section, rounded_section
-from qtool.plan import TensorPlan, by_input
+from qtool.plan import TensorPlan, by_input, weight_of
 from qtool.provenance import header_members, machine
 from qtool.recipe import Recipe, RunOptions
 from qtool.runlog import RunLog, RunReport
@@ -214,7 +214,7 @@ class _Run:
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""
         self.log.start_layer()
-        weights = [self._weight(tensor) for tensor in readers]
+        weights = [weight_of(self.model, tensor) for tensor in readers]
         factor: Factor | None = None
         for tensor in readers:
             assert tensor.spec is not None
@@ -242,11 +242,6 @@ class _Run:
         if factor is not None and factor.percdamp > tensor.spec.percdamp:
             self.report.harder_damped[tensor.name] = factor.percdamp
         self.log.layer(tensor, solution, stats, factor)
-
-    def _weight(self, tensor: TensorPlan) -> Tensor:
-        """The weight [out, in] f32 of a linear that is materialised."""
-        weight = find_tensor(self.model.skeleton, tensor.name)
-        return weight.T if tensor.transposed else weight
 
     def _section(self, tensor: TensorPlan) -> BytesLike:
         """STAGE 5, pack: a tensor that no solver touches; one that is rounded is left in memory as decoded."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from calibration.hessian import LayerStats
 from formats.encoding import Dense, Encoding
@@ -74,6 +74,12 @@ def _refuse_idle_patterns(plan: list[TensorPlan], recipe: Recipe) -> None:
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
                 raise ConfigError(f"{option} {pattern!r}: matches no layer; they are called as {names[-1]}")
+
+
+def weight_of(model: BlockwiseModel, tensor: TensorPlan) -> Tensor:
+    """The weight [out, in] f32 of a linear that is materialised."""
+    weight = find_tensor(model.skeleton, tensor.name)
+    return weight.T if tensor.transposed else weight
 
 
 def by_input(

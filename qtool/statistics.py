@@ -9,6 +9,7 @@ from torch import Tensor
 from formats.encoding.statistics import ABSMAX_BLOCK
 from formats.layer import DoubleQuant, TwoLevel, decode, dynamic_map
 
+FP16_TINY = 2.0**-24  # the smallest scale that fp16 stores; an all-zero group gets it
 MAX_ZERO = 1024.0
 """fp16 tells such a zero from its neighbours by half a code; sets whose values differ less have a coarser step."""
 
@@ -23,23 +24,23 @@ def round_two_level(values: Tensor, bits: int, rows: int) -> tuple[TwoLevel, Ten
     sets = torch.cat([values, values[:, -1:].expand(-1, padding)], 1).unflatten(1, (-1, rows))  # [G, R, rows]
     low, high = sets.amin(2), sets.amax(2)
     step = torch.maximum((high - low) / (2**bits - 1), torch.maximum(low.abs(), high.abs()) / MAX_ZERO)
-    scales = step.half().float().clamp_(min=2.0**-24)
+    scales = step.half().float().clamp_(min=FP16_TINY)
     zeros = (-low / scales).half().float()
     scale, zero = (each[:, :, None] for each in (scales, zeros))
     codes = torch.round(sets / scale + zero).clamp_(0, 2**bits - 1)
     decoded = decode(codes, scale, zero).flatten(1)[:, :out].contiguous()
     stored = TwoLevel(
-        codes=_rows(codes.flatten(1)[:, :out], np.uint8),
-        scales=_rows(scales, np.float16),
-        zeros=_rows(zeros, np.float16),
+        codes=by_row(codes.flatten(1)[:, :out], np.uint8),
+        scales=by_row(scales, np.float16),
+        zeros=by_row(zeros, np.float16),
         bits=bits,
         rows=rows,
     )
     return stored, decoded
 
 
-def _rows(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:
-    """[G, n] -> numpy [n, G], contiguous."""
+def by_row(transposed: Tensor, dtype: type[np.generic]) -> np.ndarray:
+    """Statistics [G, n] as the file has them: numpy [n, G], contiguous."""
     return np.ascontiguousarray(transposed.numpy().T.astype(dtype))
 
 

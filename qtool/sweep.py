@@ -22,7 +22,7 @@ from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
 from qtool.journal import SWEEP, SWEEP_STATES, write_durably
 from qtool.model import BlockwiseModel
 from qtool.numerics import release_free_memory
-from qtool.plan import TensorPlan, by_input
+from qtool.plan import TensorPlan, by_input, weight_of
 from qtool.recipe import BITS, QuantSpec, Recipe
 from qtool.states import HiddenStates, advance, calibrate
 
@@ -129,7 +129,7 @@ class _Sweep:
         advance(self.model, index, states)
 
     def _layers(self, readers: list[TensorPlan], stats: LayerStats | None) -> None:
-        weights = [self._weight(tensor) for tensor in readers]
+        weights = [weight_of(self.model, tensor) for tensor in readers]
         factor: Factor | None = None
         if stats is not None:
             factor = factorize(stats, weights, next(iter(self.specs.values())), readers[0].name)
@@ -138,10 +138,6 @@ class _Sweep:
             rows = weight[:: max(1, len(weight) // SAMPLE_ROWS)]
             with error_context(tensor.name):
                 self.sweep.errors[tensor.name] = _errors(self.specs, _solver(rows, stats, factor))
-
-    def _weight(self, tensor: TensorPlan) -> Tensor:
-        weight = find_tensor(self.model.skeleton, tensor.name)
-        return weight.T if tensor.transposed else weight
 
 
 def _solver(rows: Tensor, stats: LayerStats | None, factor: Factor | None) -> Callable[[QuantSpec], Solution]:

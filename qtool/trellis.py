@@ -19,10 +19,10 @@ from torch import Tensor
 
 from formats.layer import Layer, SparseOutliers, TrellisLinear, TwoLevel
 from formats.trellis import SUBSETS, subsets
-from qtool.grid import FP16_TINY, Grid, Trial, fit_ranges, fp16_rows
+from qtool.grid import Grid, Trial, empty_block, fit_ranges
 from qtool.recipe import QuantSpec
 from qtool.sizes import MAX_RUN, run_length
-from qtool.statistics import round_two_level
+from qtool.statistics import FP16_TINY, by_row, round_two_level
 
 TAIL = 5.0
 WIDENINGS = (1.12, 1.25)
@@ -139,11 +139,7 @@ class TrellisGrid(Grid):
         self, free: Tensor, chol: Tensor, scales: Tensor, limits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         limits = torch.full((len(free),), torch.inf) if limits is None else limits
-        codes, decoded, errors = (
-            torch.empty(free.shape, dtype=torch.uint8),
-            torch.empty_like(free),
-            torch.empty_like(free),
-        )
+        codes, decoded, errors = empty_block(free)
         numba.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
         _round_block_compiled(
             free.numpy(),
@@ -191,7 +187,7 @@ class TrellisGrid(Grid):
     ) -> Layer:
         return TrellisLinear(
             codes=codes,
-            scales=fp16_rows(self.scales) if self.stored is None else self.stored,
+            scales=by_row(self.scales, np.float16) if self.stored is None else self.stored,
             levels=self.levels.numpy().astype(np.float16),
             bits=self.bits,
             memory=self.memory,
@@ -229,9 +225,10 @@ def fit_trellis(weight: Tensor, spec: QuantSpec, *, input_scales: Tensor | None 
     stored = None
     if spec.stat_bits:
         stored, scales = round_two_level(scales, spec.stat_bits, spec.stat_rows)
-    scales = scales.half().float() if stored is None else scales
+    else:
+        scales = scales.half().float().clamp(min=FP16_TINY)
     return TrellisGrid(
-        scales=scales.clamp(min=FP16_TINY) if stored is None else scales,
+        scales=scales,
         levels=gaussian_levels(spec.bits, spec.memory),
         bits=spec.bits,
         memory=spec.memory,

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.grid import FP16_TINY, UniformGrid, fit_uniform, group_slices
+from qtool.grid import UniformGrid, fit_uniform, group_slices
 from qtool.outliers import OutlierRule
+from qtool.statistics import FP16_TINY
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -14,9 +14,9 @@ from formats.encoding.trellis import RUN_ROWS
 from formats.layer import group_index
 from formats.trellis import SUBSETS, subsets
 from qtool.gptq import _round_columns, _trial, factorize, fit_layer, gptq_quantize
-from qtool.grid import FP16_TINY
 from qtool.recipe import QuantSpec
 from qtool.sizes import MAX_RUN, run_length
+from qtool.statistics import FP16_TINY
 from qtool.trellis import TrellisGrid, _round_block, fit_trellis, gaussian_levels
 
 LLOYD_MAX = {2: 0.1175, 3: 0.03454, 4: 0.009497}
