@@ -17,7 +17,7 @@ from qtool.gptq import _round_columns, _trial, factorize, fit_layer, gptq_quanti
 from qtool.recipe import QuantSpec
 from qtool.sizes import MAX_RUN, run_length
 from qtool.statistics import FP16_TINY
-from qtool.trellis import TrellisGrid, _round_block, fit_trellis, gaussian_levels
+from qtool.trellis import TrellisGrid, _extend, _extend_compiled, _round_block, fit_trellis, gaussian_levels
 
 LLOYD_MAX = {2: 0.1175, 3: 0.03454, 4: 0.009497}
 """The least mean squared error of a scalar quantizer on a normal distribution, by bits (Max, 1960)."""
@@ -92,6 +92,31 @@ def test_the_compiled_kernel_is_its_python(memory, bits, run):
     _round_block_compiled(*compiled)
     for one, other in zip(plain, compiled, strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("memory", sorted(SUBSETS))
+def test_each_state_is_entered_by_the_cheaper_of_two_ways(memory):
+    """Against every window of path bits taken one by one; small integers, so that there are ties and no rounding."""
+    n_states = 1 << memory
+    generator = np.random.default_rng(memory)
+    cost = generator.integers(0, 4, n_states).astype(np.float32)
+    error = generator.integers(0, 4, 4).astype(np.float32)
+    subset = SUBSETS[memory][:n_states:2]
+    arguments = cost, (subset & 1).astype(np.float32), (subset >> 1).astype(np.float32), error
+    wanted = np.full(n_states, np.inf, np.float32)
+    for window, of_window in enumerate(SUBSETS[memory]):  # its oldest bit leaves the state, its newest comes in
+        state = window % n_states
+        wanted[state] = min(wanted[state], cost[window >> 1] + error[of_window])
+    for extend in (_extend, _extend_compiled):
+        found = np.empty_like(cost)
+        extend(arguments[0], found, *arguments[1:])
+        assert np.array_equal(found, wanted)
+
+
+def test_a_sample_of_rows_is_searched_in_short_runs():
+    grid = fit_trellis(normal(400, 8), QuantSpec(format="trellis", group_size=8, bits=2, memory=4))
+    assert grid.run == 224 and grid.rows(slice(None, None, 4)).run == 48
+    assert grid.rows(slice(0, 224)).run == 224
 
 
 def test_runs_do_not_touch_each_other():
