@@ -32,6 +32,8 @@ TRIAL_ROWS = 96
 """Rows that are solved to compare grids."""
 THRESHOLD_ROWS = 128
 """Rows that are solved to learn which error the given share of the weights exceeds."""
+SECOND_SHARE = 0.97
+"""Of the outliers that there may be: so many a second threshold is to find, as it moves other weights beyond it."""
 INPUT_SCALE_RANGE = (2.0**-10, 2.0**10)  # well inside fp16, with all of its precision
 
 
@@ -184,12 +186,17 @@ def _metric(factor: Factor, spec: QuantSpec) -> Tensor | None:
 
 def _threshold(weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
     """What the error of a weight must cost to be kept; by a rate, the least that keeps no more of some of the rows."""
-    cost = factor.cost if factor.input_scales is None else factor.cost / factor.input_scales.square()
-    unit = relative_threshold(weight, cost)
-    if spec.outlier_threshold:
-        return spec.outlier_threshold * unit
+    unit = outlier_unit(weight, factor)
+    if spec.threshold:
+        return spec.threshold * unit
     rows = weight[:: max(1, len(weight) // THRESHOLD_ROWS)]
     return unit * threshold_of_rate(spec.outliers, lambda t: _kept_share(rows, factor, spec, unit * t))
+
+
+def outlier_unit(weight: Tensor, factor: Factor) -> float:
+    """What a relative threshold of 1 is for weight [out, in]."""
+    cost = factor.cost if factor.input_scales is None else factor.cost / factor.input_scales.square()
+    return relative_threshold(weight, cost)
 
 
 def _kept_share(weight: Tensor, factor: Factor, spec: QuantSpec, threshold: float) -> float:
@@ -212,10 +219,13 @@ def _solve(
     factor: Factor | None,
     rule: OutlierRule | None,
     metric: tuple[Tensor | None, Tensor | None],
+    *,
+    is_last: bool = False,
 ) -> Solution:
     """Solve weight [out, in] a stripe of rows at a time: rows do not touch each other, and temporaries stay small.
 
-    metric: what the error is measured by, as `output_energy` takes it.
+    metric: what the error is measured by, as `output_energy` takes it. Where more outliers are found than there may
+    be, it is all solved again with a higher threshold: later columns made up for nothing in those that are dropped.
     """
     out_features, in_features = weight.shape
     groups, kept = _groups(weight, spec), OutlierList()
@@ -228,8 +238,14 @@ def _solve(
         solved = _quantize_rows(stored, grid.rows(rows), groups, factor, rule, partial(kept.add, rows.start))
         codes[rows] = solved.codes.numpy().T
         decoded[rows] = solved.decoded.T
-    if factor is not None and spec.outliers:
-        kept.cut(round(spec.outliers * weight.numel()), factor.cost)
+    if factor is not None and rule is not None and spec.outliers:
+        at_most = round(spec.outliers * weight.numel())
+        if len(kept) > at_most and not is_last:
+            raised = OutlierRule(
+                max(rule.threshold, kept.threshold_of(round(SECOND_SHARE * at_most), factor.cost)), rule.cost
+            )
+            return _solve(weight, grid, spec, factor, raised, metric, is_last=True)
+        kept.cut(at_most, factor.cost)
     kept.add_to(decoded)
     lost = energy = 0.0
     for rows in stripes:

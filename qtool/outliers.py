@@ -121,6 +121,11 @@ class OutlierList:
             best = (values.square() * cost[columns]).argsort(descending=True, stable=True)[:at_most]
             self._rows, self._columns, self._values = [rows[best]], [columns[best]], [values[best]]
 
+    def threshold_of(self, n: int, cost: Tensor) -> float:
+        """The threshold that `n` of them are above; cost: [in], as the rule's."""
+        _, columns, values = self._coordinates()
+        return float((values.square() * cost[columns]).sort(descending=True).values[n])
+
     def add_to(self, decoded: Tensor) -> None:
         """Add them to the decoded weight [out, in], as a reader does."""
         if len(self):

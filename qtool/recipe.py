@@ -37,6 +37,7 @@ class QuantSpec:
     memory: int = 8  # trellis: path bits that a state remembers, 2**memory states
     outliers: float = 0.0  # share of the weights kept in 16 bits, at most; 0: as the threshold says
     outlier_threshold: float = 0.0  # SpQR's relative threshold, higher means fewer; 0: the one that gives the share
+    outliers_pay: bool = False  # the threshold at which an outlier's bits are worth as much as they are elsewhere
     activation_threshold: float = 6.0  # int8: inputs that reach it keep their weights in 16 bits
     outlier_features: int = 0  # int8: that many of the largest inputs instead; 0: by the threshold
     act_order: bool = True  # columns with the largest Hessian diagonal first; groups stay where they are
@@ -87,6 +88,8 @@ class QuantSpec:
             raise ConfigError(f"outlier_threshold={self.outlier_threshold:g}: must be 0 (off) or more, and finite")
         if self.keeps_outliers and self.method != "gptq":
             raise ConfigError(f"outliers: are found by the solver; --method {self.method} has none")
+        if self.outliers_pay and (self.outlier_threshold or self.format != "trellis"):
+            raise ConfigError("outliers_pay: is a threshold of its own, and for trellis")
         if self.outlier_features < 0:
             raise ConfigError(f"outlier_features={self.outlier_features}: must be 0 (by the threshold) or more")
         if not 0 < self.activation_threshold < math.inf:
@@ -94,7 +97,17 @@ class QuantSpec:
 
     @property
     def keeps_outliers(self) -> bool:
-        return bool(self.outliers or self.outlier_threshold)
+        return bool(self.outliers or self.threshold)
+
+    @property
+    def threshold(self) -> float:
+        """SpQR's relative threshold for outliers, 0 where a share decides alone.
+
+        One more bit for each weight divides the error by 4, so a bit is worth 2 ln 2 D, D = d 4^-bits being what the
+        error of one weight costs. An outlier takes 32 bits: it pays from 64 ln 2 D on. With d = 1.4: 64 · 4^-bits
+        of a weight's variance times its cost.
+        """
+        return 64 * 4.0**-self.bits if self.outliers_pay else self.outlier_threshold
 
     @property
     def is_calibrated(self) -> bool:

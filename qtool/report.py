@@ -129,6 +129,8 @@ def _describe_outliers(linears: dict[str, Any]) -> list[str]:
         return [f"{largest} largest inputs in 16 bits" if largest else f"inputs from {threshold:g} in 16 bits"]
     if linears.get("outliers"):
         return [f"{100 * linears['outliers']:g}% outliers"]
+    if linears.get("outliers_pay"):
+        return ["outliers where they pay"]
     return [f"outlier threshold {linears['outlier_threshold']:g}"] if linears.get("outlier_threshold") else []
 
 

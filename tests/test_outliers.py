@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from formats.layer import dequantize
 from formats.section import pack
-from qtool.gptq import Solution, _quantize_rows, factorize, fit_layer, gptq_quantize
+from qtool.gptq import Solution, _quantize_rows, _solve, factorize, fit_layer, gptq_quantize
 from qtool.grid import _decoded
 from qtool.outliers import (
     FP16_MAX,
@@ -304,3 +304,16 @@ def test_spqr_beats_gptq_at_equal_bytes():
     few, many = solve(weight, stats, spqr), solve(weight, stats, gptq)
     assert len(pack(few.layer)) < len(pack(many.layer))
     assert few.relative_error < 0.7 * many.relative_error
+
+
+def test_what_is_dropped_is_made_up_for_by_later_columns():
+    weight, stats = make_layer(64, 40)
+    spec = dataclasses.replace(PLAIN, outlier_threshold=0.05, outliers=0.02)
+    factor = factorize(stats, [weight], spec, "layer")
+    grid, rule = fit_layer(weight, factor, spec)
+    cut = _solve(weight, grid, spec, factor, rule, (factor.damped, factor.damping), is_last=True)
+    again = gptq_quantize(weight, factor, spec)
+    at_most = round(0.02 * weight.numel())
+    assert len(cut.layer.outliers.values) == at_most
+    assert 0.9 * at_most <= len(again.layer.outliers.values) <= at_most
+    assert again.relative_error < 0.8 * cut.relative_error
