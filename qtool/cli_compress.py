@@ -26,7 +26,7 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 _method_options = _options(
-    click.option("--bits", type=int, help="Bits per code of the linear layers, 2 to 8.  [default: 4]"),
+    click.option("--bits", type=int, help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6.  [default: 4]"),
     click.option(
         "--method", default="gptq", show_default=True, metavar="[gptq|spqr|rtn|int8]",
         help="spqr: gptq with groups of 16, rounded statistics and outliers; rtn: round to nearest, no calibration; "
@@ -43,7 +43,8 @@ _method_options = _options(
     ),
     click.option(
         "--group-size", type=int,
-        help="Inputs that share a scale; -1: a row.  [default: 128; spqr: 16; nf4, fp4, fitted: 64]",
+        help="Inputs that share a scale; -1: a row. A target may halve groups of 64 and more.  "
+        "[default: 128; spqr: 16; nf4, fp4, fitted: 64; trellis: -1]",
     ),
     click.option("--sym/--asym", "symmetric", default=False, help="int: zero fixed in the middle.  [default: asym]"),
     click.option("--stat-bits", type=int, help="Bits of scales and zeros, rounded in sets.  [default: fp16; spqr: 3]"),
@@ -52,13 +53,13 @@ _method_options = _options(
     click.option("--outliers", metavar="SHARE", help="Weights kept in 16 bits, as 0.5%.  [default: none]"),
     click.option(
         "--outlier-threshold", type=float,
-        help="The same by SpQR's relative threshold; higher means fewer.  [spqr: 0.2]",
+        help="The same by SpQR's relative threshold; higher means fewer.  [spqr: 0.2; trellis: those that pay]",
     ),
     click.option(
-        "--activation-threshold", type=float, default=6.0, show_default=True,
-        help="int8: an input that reaches it keeps its weights in 16 bits.",
+        "--activation-threshold", type=float,
+        help="int8: an input that reaches it keeps its weights in 16 bits.  [default: 6]",
     ),
-    click.option("--outlier-features", type=int, default=0, help="int8: that many of the largest inputs instead."),
+    click.option("--outlier-features", type=int, help="int8: that many of the largest inputs instead."),
     click.option("--act-order/--no-act-order", default=True, help="Most active inputs first.  [default: act-order]"),
     click.option("--percdamp", "--damp", type=float, default=0.01, show_default=True, help="Damping of the Hessian."),
     click.option("--scale-search/--no-scale-search", default=True, help="Search each group's range.  [default: on]"),

@@ -7,17 +7,15 @@ from typing import Any
 
 from qtool.errors import ConfigError
 from qtool.memory import parse_size
-from qtool.recipe import METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
+from qtool.recipe import FORMATS, METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
 
 GROUP_SIZES = {"int": 128, "nf4": 64, "fp4": 64, "fitted": 64, "trellis": -1}
 EFFORTS = ("fast", "default", "best")
 SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
 """SpQR's near-lossless recipe (arXiv 2306.03078), statistics in sets of 16 rows; the user's own choices go first."""
-INT8 = {"format": "int", "bits": 8, "stat_bits": 0}
+INT8 = {"format": "int", "bits": 8, "stat_bits": 0, "group_size": -1, "double_quant": False}
 """What LLM.int8() is, where it has to be said at all."""
 BEST_MEMORY = 9
-TRELLIS_OUTLIERS = 4.0
-"""A path has no level for a weight far from all others; some hundredths of a percent are kept, those that cost most."""
 
 
 def build_recipe(
@@ -42,6 +40,8 @@ def build_recipe(
         target = Target(size_bytes=size, bits=target_bits or 0.0)
         if linears.get("bits") is not None:
             raise ConfigError(f"--bits {linears['bits']}: a target chooses the bits itself; give one of the two")
+    if fused and target is None:
+        raise ConfigError("--fused: holds what a target spreads together; give --target-size or --target-bits")
     return Recipe(
         linears=_linears(targeted=target is not None, **linears),
         embeddings=(0 if target is not None and target.size_bytes else 8) if embeddings is None else embeddings,
@@ -68,33 +68,45 @@ def _linears(
     one_of("method", method, (*METHODS, "spqr"))
     one_of("effort", effort, EFFORTS)
     chosen = {name: value for name, value in values.items() if value is not None}
-    if method == "int8":
-        _refuse_for_int8({"format": number_format} | chosen)
+    _refuse_idle(method, number_format, chosen)
     chosen["outliers"] = 0.0 if outliers is None else parse_share(outliers)
     if outlier_threshold is not None:
         chosen["outlier_threshold"] = outlier_threshold
     if method == "spqr":
         method = "gptq"
-        own = SPQR if outliers is None else {k: v for k, v in SPQR.items() if k != "outlier_threshold"}
-        chosen = own | chosen
+        left = {"outlier_threshold"} if outliers is not None else set()
+        left |= {"stat_bits"} if chosen.get("double_quant") else set()
+        chosen = {name: value for name, value in SPQR.items() if name not in left} | chosen
     if number_format is None:
         number_format = "trellis" if method == "gptq" and (effort == "best" or targeted) else "int"
+    if number_format in FORMATS and number_format != "int" and chosen.get("symmetric"):
+        raise ConfigError(f"--sym: {number_format} has no zeros; give --format int, or leave it out")
     if number_format == "trellis" and effort == "best":
         chosen["memory"] = BEST_MEMORY
-    if number_format == "trellis" and outliers is None and method == "gptq":
-        chosen.setdefault("outlier_threshold", TRELLIS_OUTLIERS)
+    if number_format == "trellis" and method == "gptq" and outliers is None and "outlier_threshold" not in chosen:
+        chosen["outliers_pay"] = True  # a path has no level for a weight far from all others
     if effort == "fast":
         chosen["scale_search"] = False
     chosen.setdefault("group_size", GROUP_SIZES.get(number_format, 128))
     return QuantSpec(method=method, format=number_format, **chosen)  # type: ignore[arg-type]
 
 
-def _refuse_for_int8(chosen: dict[str, Any]) -> None:
-    """Its form is fixed: whatever else is asked for would be left undone."""
-    for name, own in INT8.items():
-        if chosen.get(name, own) not in (None, own):
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} {chosen[name]}: --method int8 has 8 bits in rows; leave it out")
+def _refuse_idle(method: str, number_format: str | None, chosen: dict[str, Any]) -> None:
+    """What is asked for and would be left undone."""
+    if method == "int8":
+        asked = {"format": number_format} | chosen
+        for name, own in INT8.items():
+            if (value := asked.get(name)) not in (None, own):
+                option = _option(name) + ("" if value is True else f" {value}")
+                raise ConfigError(f"{option}: --method int8 has 8 bits in rows; leave it out")
+    else:
+        for name in ("outlier_features", "activation_threshold"):
+            if name in chosen:
+                raise ConfigError(f"{_option(name)} {chosen[name]}: is for --method int8; give it, or leave this out")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def parse_share(text: str) -> float:

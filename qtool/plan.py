@@ -72,8 +72,11 @@ def _refuse_idle_patterns(plan: list[TensorPlan], recipe: Recipe) -> None:
     names = [tensor.name for tensor in plan if len(tensor.shape) > 1]
     for option, patterns in (("--ignore", recipe.ignore), ("--layer", [pattern for pattern, _ in recipe.layers])):
         for pattern in patterns:
-            if not any(re.search(pattern, name) for name in names):
+            matched = [tensor for tensor in plan if len(tensor.shape) > 1 and re.search(pattern, tensor.name)]
+            if not matched:
                 raise ConfigError(f"{option} {pattern!r}: matches no layer; they are called as {names[-1]}")
+            if option == "--layer" and all(tensor.spec is None for tensor in matched):
+                raise ConfigError(f"{option} {pattern!r}: {matched[0].name} is left dense: {matched[0].reason}")
 
 
 def weight_of(model: BlockwiseModel, tensor: TensorPlan) -> Tensor:
@@ -125,7 +128,10 @@ def _overridden(name: str, spec: QuantSpec | None, reason: str, recipe: Recipe) 
             return None, f"left by --ignore {pattern}", True
     for pattern, bits in recipe.layers:
         if re.search(pattern, name):
-            return replace(spec, bits=bits), reason, True
+            try:
+                return replace(spec, bits=bits), reason, True
+            except ConfigError as error:
+                raise ConfigError(f"--layer {pattern}={bits}: {error}") from None
     return spec, reason, False
 
 

@@ -15,6 +15,7 @@ from tiny import load_reference, make_model
 import qtool
 from formats.reader import QtmFile
 
+INT8 = ("--method", "int8", "--group-size", "-1")
 KINDS = {
     "int": ("gptq, int, 4 bits, group size 16, asymmetric, embeddings 8 bits", "uniform", ()),
     "int, rtn": ("rtn, int, 4 bits, group size 16, asymmetric", "uniform", ("--method", "rtn")),
@@ -31,12 +32,11 @@ KINDS = {
                  ("--method", "rtn", "--format", "fp4", "--double-quant")),
     "fitted": ("gptq, fitted, 3 bits", "codebook", ("--format", "fitted", "--bits", "3", "--effort", "fast")),
     "fitted, rtn": ("rtn, fitted, 3 bits", "codebook", ("--method", "rtn", "--format", "fitted", "--bits", "3")),
-    "trellis": ("gptq, trellis, 2 bits, group size 16, outlier threshold 4, embeddings", "trellis",
+    "trellis": ("gptq, trellis, 2 bits, group size 16, outliers where they pay, embeddings", "trellis",
                 ("--format", "trellis", "--bits", "2", "--effort", "fast")),
     "trellis, rtn": ("rtn, trellis, 2 bits", "trellis", ("--method", "rtn", "--format", "trellis", "--bits", "2")),
-    "int8": ("int8, int, 8 bits, a scale per row, symmetric, inputs from 6 in 16 bits", "int8_rows",
-             ("--method", "int8")),
-    "int8, columns": ("2 largest inputs in 16 bits", "int8_rows", ("--method", "int8", "--outlier-features", "2")),
+    "int8": ("int8, int, 8 bits, a scale per row, symmetric, inputs from 6 in 16 bits", "int8_rows", INT8),
+    "int8, columns": ("2 largest inputs in 16 bits", "int8_rows", (*INT8, "--outlier-features", "2")),
 }  # fmt: skip
 WITH_OUTLIERS = ("trellis", "spqr", "outliers", "nf4, outliers", "int8, columns")
 

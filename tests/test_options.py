@@ -75,6 +75,7 @@ def test_spqr_leaves_to_the_user_what_the_user_chose():
     by_rate = linears(method="spqr", outliers="0.5%")
     assert (by_rate.outliers, by_rate.outlier_threshold) == (0.005, 0.0)
     assert linears(method="spqr", number_format="nf4").format == "nf4"
+    assert linears(method="spqr", number_format="nf4", double_quant=True).stat_bits == 0
 
 
 def test_spqr_without_outliers_is_gptq_with_its_grid_to_the_byte():
@@ -88,14 +89,17 @@ def test_spqr_without_outliers_is_gptq_with_its_grid_to_the_byte():
     assert sections[0] == sections[1]
 
 
-TRELLIS = QuantSpec(format="trellis", group_size=-1, outlier_threshold=4.0)
+TRELLIS = QuantSpec(format="trellis", group_size=-1, outliers_pay=True)
 
 
 def test_a_trellis_keeps_what_is_out_of_its_reach():
     assert linears(number_format="trellis") == TRELLIS
-    assert linears(number_format="trellis", outliers="0").outlier_threshold == 0
-    assert linears(number_format="trellis", outliers="1%").outliers == 0.01
-    assert linears(number_format="trellis", outlier_threshold=1.0).outlier_threshold == 1.0
+    assert [linears(number_format="trellis", bits=bits).threshold for bits in (2, 3, 4)] == [4.0, 1.0, 0.25]
+    assert linears(number_format="trellis", outliers="0").threshold == 0
+    assert linears(number_format="trellis", outlier_threshold=0.0).threshold == 0
+    by_share = linears(number_format="trellis", outliers="1%")
+    assert (by_share.outliers, by_share.threshold) == (0.01, 0)
+    assert linears(number_format="trellis", outlier_threshold=2.0).threshold == 2.0
     assert not linears(number_format="trellis", method="rtn").keeps_outliers
 
 
@@ -208,9 +212,22 @@ def test_the_output_is_named_for_the_model_and_its_bits(tmp_path):
         ({"outlier_threshold": float("inf")}, "outlier_threshold=inf: must be 0 (off) or more, and finite"),
         ({"method": "rtn", "outliers": "1%"}, "outliers: are found by the solver; --method rtn has none"),
         ({"method": "int8", "outlier_threshold": 1.0}, "outliers: are found by the solver; --method int8 has none"),
-        ({"outlier_features": -1}, "outlier_features=-1: must be 0 (by the threshold) or more"),
-        ({"activation_threshold": 0.0}, "activation_threshold=0: must be above 0, and finite"),
-        ({"activation_threshold": float("nan")}, "activation_threshold=nan: must be above 0, and finite"),
+        ({"method": "int8", "outlier_features": -1}, "outlier_features=-1: must be 0 (by the threshold) or more"),
+        ({"method": "int8", "activation_threshold": 0.0}, "activation_threshold=0: must be above 0, and finite"),
+        (
+            {"method": "int8", "activation_threshold": float("nan")},
+            "activation_threshold=nan: must be above 0, and finite",
+        ),
+        ({"outlier_features": 2}, "--outlier-features 2: is for --method int8; give it, or leave this out"),
+        ({"activation_threshold": 5.0}, "--activation-threshold 5.0: is for --method int8; give it, or leave this out"),
+        ({"method": "int8", "group_size": 64}, "--group-size 64: --method int8 has 8 bits in rows; leave it out"),
+        (
+            {"method": "int8", "double_quant": True},
+            "--double-quant: --method int8 has 8 bits in rows; leave it out",
+        ),
+        ({"number_format": "nf4", "symmetric": True}, "--sym: nf4 has no zeros; give --format int, or leave it out"),
+        ({"target_bits": 4.0, "symmetric": True}, "--sym: trellis has no zeros; give --format int, or leave it out"),
+        ({"fused": True}, "--fused: holds what a target spreads together; give --target-size or --target-bits"),
         ({"method": "int8", "bits": 4}, "--bits 4: --method int8 has 8 bits in rows; leave it out"),
         ({"method": "int8", "number_format": "nf4"}, "--format nf4: --method int8 has 8 bits in rows; leave it out"),
         ({"method": "int8", "stat_bits": 3}, "--stat-bits 3: --method int8 has 8 bits in rows; leave it out"),
