@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ class _BlockDone(Exception):
 
 
 class HessianCapture:
-    """Forward pre-hooks on `linears`; those that are handed the very same tensor share one Hessian."""
+    """Forward pre-hooks on `linears`; those that are handed the very same tensor share one Hessian.
 
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
-        self._linears = linears
+    per_token: as `HessianAccumulator` has it.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], *, per_token: bool = False) -> None:
+        self._linears, self._wants_per_token = linears, per_token
         self._leader: dict[str, str] = {}  # linear -> the linear whose accumulator it shares
         self._accumulators: dict[str, HessianAccumulator] = {}
         self._new: dict[str, Tensor] = {}  # leaders first seen in this forward, and what they saw
@@ -32,14 +36,27 @@ class HessianCapture:
 
     def run(self, forward: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> dict[str, LayerStats]:
         """Name -> statistics after `forward` over all batches; a linear that saw no token is left out."""
-        hooks = [m.register_forward_pre_hook(self._hook(name)) for name, m in self._linears.items()]
-        try:
+        with self._hooked():
             for batch in batches:
                 self._forward(forward, batch)
+        return self.results()
+
+    def outputs(self, forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The output of each batch, where it is wanted too; what was seen of them is in `results`."""
+        with self._hooked():
+            for batch in batches:
+                yield forward(batch)
+                self._new.clear()
+                self._called.clear()
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        hooks = [m.register_forward_pre_hook(self._hook(name)) for name, m in self._linears.items()]
+        try:
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        return self._results()
 
     def _forward(self, forward: Callable[[Tensor], Any], batch: Tensor) -> None:
         self._called.clear()
@@ -72,10 +89,11 @@ class HessianCapture:
                 self._leader[name] = leader
                 return
         self._leader[name] = name
-        self._accumulators[name] = HessianAccumulator(x.shape[-1])
+        self._accumulators[name] = HessianAccumulator(x.shape[-1], per_token=self._wants_per_token)
         self._new[name] = x
 
-    def _results(self) -> dict[str, LayerStats]:
+    def results(self) -> dict[str, LayerStats]:
+        """Name -> statistics of what was seen; a linear that saw no token is left out. Ends the accumulation."""
         stats = {}
         for name, accumulator in self._accumulators.items():
             stats[name] = accumulator.result()

@@ -90,6 +90,16 @@ def advance(model: BlockwiseModel, index: int, states: HiddenStates | None) -> i
     return states.write(index + 1, (model.run(index, x) for x in states.read(index)))
 
 
+def calibrate_and_advance(model: BlockwiseModel, index: int, states: HiddenStates) -> tuple[dict[str, LayerStats], int]:
+    """Both in one pass, for a block whose weights stay as they are; the statistics have their Hessian per token."""
+    capture = HessianCapture(model.linears(index), per_token=True)
+    inputs = states.read(index)
+    if index + 1 == len(model.blocks):
+        return capture.run(lambda x: model.run(index, x), inputs), 0
+    checksum = states.write(index + 1, capture.outputs(lambda x: model.run(index, x), inputs))
+    return capture.results(), checksum
+
+
 def _fold(checksum: int, batch: Tensor) -> int:
     """A sum of the bits: against lost writes, not against enemies, and far cheaper than any hash."""
     words = batch.numpy().reshape(-1).view(np.uint64 if batch.numel() % 2 == 0 else np.uint32)

@@ -79,6 +79,20 @@ def test_hessian_does_not_depend_on_the_split_into_batches(cuts, stripe, width):
     assert torch.equal(stats.hessian, (x.double().T @ x.double() / 60).float())
 
 
+def test_per_token_no_input_counts_more_than_another():
+    x = random_inputs(40, 1, WIDTH)[:, 0]
+    x[3] *= 1e6
+    x[5] = 0.0
+    accumulator = HessianAccumulator(WIDTH, per_token=True)
+    for part in x.split(16):
+        accumulator.add(part)
+    stats = accumulator.result()
+    directions = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    torch.testing.assert_close(stats.per_token.double(), mean_outer_product(directions), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.hessian.double(), mean_outer_product(x), rtol=1e-5, atol=1e-6)
+    assert HessianAccumulator(WIDTH).result().per_token is None
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     x = random_inputs(4096, 4).half()
     torch.testing.assert_close(accumulate([x], 4).hessian.double(), mean_outer_product(x), rtol=1e-5, atol=1e-5)
@@ -193,6 +207,21 @@ def test_the_forward_stops_once_every_input_was_seen():
     for name in USED:
         full = sum(part[name].hessian * part[name].n_tokens for part in alone) / 36
         torch.testing.assert_close(stats[name].hessian, full, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_are_the_block_s_and_the_statistics_those_of_a_run():
+    block, batches = Block(), some_batches()
+    with torch.no_grad():
+        expected = HessianCapture(linears_of(block)).run(block, batches)
+        capture = HessianCapture(linears_of(block))
+        outputs = list(capture.outputs(block, batches))
+        for output, batch in zip(outputs, batches, strict=True):
+            assert torch.equal(output, block(batch))
+    stats = capture.results()
+    assert list(stats) == list(USED)
+    for name in USED:
+        assert torch.equal(stats[name].hessian, expected[name].hessian)
+    assert stats["q"] is stats["k"] is stats["v"]
 
 
 def test_linear_that_sees_no_token_is_left_out():
