@@ -16,7 +16,7 @@ from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 from qtool.sample import SAMPLES_PER_BATCH
-from qtool.sizes import format_bytes, stored_bytes
+from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
 from qtool.states import windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
@@ -50,7 +50,10 @@ def plan_budget(
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
     windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.source.split(",")
     while True:
-        peak = _peak_rss_bytes(model, plan, windows * seq_len if n_windows else 0, seq_len)
+        hessians = (
+            0 if not n_windows else 1 if recipe.target is None else 2
+        )  # of each input; a target has one per token
+        peak = _peak_rss_bytes(model, plan, windows * seq_len if n_windows else 0, seq_len, hessians)
         if n_windows and samples_itself:
             peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
@@ -64,7 +67,7 @@ def _too_little(limit: int, needed: float, why: str) -> ConfigError:
     return ConfigError(f"--max-memory {format_bytes(limit)}: this run needs at least {format_bytes(needed)}: {why}")
 
 
-def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int) -> int:
+def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int, n_hessians: int) -> int:
     """The largest of the moments of a run: a tensor outside the blocks is packed, a block is run, a layer is solved."""
     largest = max((6 * t.n_parameters for t in plan if not t.in_block), default=0)  # float32, and as it was stored
     names = set(model.outside_names(head=False))
@@ -75,7 +78,7 @@ def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int
         # As float32 and as stored; fused experts are put together from their parts, which doubles them.
         loading = sum((12 if len(t.shape) == 3 else 6) * t.n_parameters for t in tensors)
         running = _forward_bytes(model, tensors, n_tokens, seq_len)
-        hessians = _hessians(tensors) * bool(n_tokens)
+        hessians = _hessians(tensors) * n_hessians
         moments += [loading + looked_up * bool(n_tokens), weights + running + hessians]
         for tensor in tensors:
             if tensor.spec is not None:
@@ -111,7 +114,9 @@ def _solver_bytes(tensor: TensorPlan, *, calibrated: bool) -> int:
     """Bytes of solving one layer besides the block: the Hessian and its factor, a stripe's temporaries, the result."""
     hessian = 4 * tensor.shape[1] ** 2 if calibrated else 0
     # Hessian, damped and a float64 to factor; or Hessian, damped, factor and the temporaries of a stripe.
-    factoring, solving = 5 * hessian, 3 * hessian + 4 * SOLVER_COPIES * min(tensor.n_parameters, MAX_ELEMENTS)
+    is_trellis = tensor.spec is not None and tensor.spec.format == "trellis"
+    stripe = max(MAX_ELEMENTS, MAX_RUN * tensor.shape[1] * is_trellis)  # a path is solved in one go
+    factoring, solving = 5 * hessian, 3 * hessian + 4 * SOLVER_COPIES * min(tensor.n_parameters, stripe)
     return max(factoring, solving) + 7 * tensor.n_parameters  # decoded, codes, and packed twice
 
 
@@ -128,6 +133,12 @@ def _forward_bytes(model: BlockwiseModel, tensors: Iterable[TensorPlan], n_token
 def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:
     """A bound for the size of the file."""
     return sum(stored_bytes(t.encoding, t.shape) for t in plan) + sum(map(len, files.values())) + HEADER_ROOM_BYTES
+
+
+def check_disk_for_states(journal: Journal, budget: Budget) -> None:
+    """The same before a target is measured, when the file's size is not known yet."""
+    used = sum(path.stat().st_size for path in journal.folder.iterdir())
+    _require(journal.folder, max(2 * budget.states_bytes - used, 0))
 
 
 def check_disk(journal: Journal, plan: list[TensorPlan], files: Mapping[str, bytes], budget: Budget) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from formats.reader import QtmFile
-from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import CheckpointError, ConfigError
 from qtool.estimate import estimate_run
 from qtool.evaluate import evaluate_divergence, evaluate_perplexity
-from qtool.job import prepare
+from qtool.job import meet_target, prepare
 from qtool.journal import Journal, default_folder, is_unfinished
-from qtool.memory import peak_rss_bytes
+from qtool.memory import peak_rss_bytes, reset_peak
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.pipeline import compress
 from qtool.protocol import Protocol
@@ -47,9 +47,7 @@ def run_compress(
     check_target(output, "--output", overwrite=options.overwrite or unfinished)
     try:
         with quiet_transformers():
-            checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-            if checkpoint.format == "qtm":
-                raise ConfigError(f"{model}: already compressed; give the original model")
+            checkpoint = _open_original(model, trust_remote_code)
             if output.exists() and Path(model).exists() and output.samefile(model):
                 raise ConfigError(f"{output}: is the model itself; give another --output")
             report = compress(checkpoint, output, recipe, options, warn=warn)
@@ -64,6 +62,13 @@ def run_compress(
         "seconds": report.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _open_original(model: str, trust_remote_code: bool) -> Checkpoint:
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    if checkpoint.format == "qtm":
+        raise ConfigError(f"{model}: already compressed; give the original model")
+    return checkpoint
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -91,11 +96,13 @@ def dry_run(
 ) -> dict[str, Any]:
     """What a run would give. For a target, what was measured stays in the work folder, and the run starts from it."""
     with quiet_transformers(), exact_float32():
-        checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+        checkpoint = _open_original(model, trust_remote_code)
+        reset_peak()
+        job = prepare(checkpoint, recipe, options, warn)
         if recipe.target is None:
-            return estimate_run(prepare(checkpoint, recipe, options, None, warn))
+            return estimate_run(job)
         with Journal(output, options.work_dir) as journal:
-            return estimate_run(prepare(checkpoint, recipe, options, journal, warn))
+            return estimate_run(meet_target(job, options, journal, warn))
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def estimate_run(job: Job) -> dict[str, Any]:
             {"name": t.name, "bits": t.spec.bits, "bytes": stored_bytes(t.encoding, t.shape)} for t in plan if t.spec
         ],
         "allocation_gap": job.gap,
-        "outliers_by_threshold": any(t.spec and t.spec.outlier_threshold and not t.spec.outliers for t in plan),
+        "outliers_by_threshold": any(t.spec and t.spec.threshold and not t.spec.outliers for t in plan),
         "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
     }
 

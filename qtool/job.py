@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calibration.windows import TokenWindows
-from qtool.budget import Budget, plan_budget
+from qtool.budget import Budget, check_disk_for_states, plan_budget
 from qtool.checkpoint import Checkpoint
 from qtool.journal import SPREAD_BITS, Journal
 from qtool.model import BlockwiseModel
@@ -19,8 +19,8 @@ from qtool.plan import TensorPlan, plan_tensors
 from qtool.provenance import embedded_files, header_bytes, run_identity, source_files
 from qtool.recipe import Recipe, RunOptions
 from qtool.sample import draw_sample
-from qtool.sweep import load_sweep, measure_sweep, sweep_identity
-from qtool.target import spread_bits
+from qtool.sweep import find_sweep, key_of, measure_sweep, sweep_identity
+from qtool.target import spread_bits, with_outliers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +50,18 @@ class Job:
         batch = {"windows_per_batch (by --max-memory)": self.budget.windows_per_batch}
         if self.recipe.target is None:
             return batch
-        return batch | {SPREAD_BITS: {t.name: t.spec.bits for t in self.plan if t.spec is not None}}
+        return batch | {SPREAD_BITS: {t.name: key_of(t.spec) for t in self.plan if t.spec is not None}}
 
 
-def prepare(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    options: RunOptions,
-    journal: Journal | None,
-    warn: Callable[[str], None],
-) -> Job:
-    """Decide everything; for a target this takes a pass over the model, which the journal's folder keeps."""
+def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None]) -> Job:
+    """Decide everything but what a target has to measure."""
     tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
     model = BlockwiseModel(checkpoint)
     if unused := checkpoint.unused():
         names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
     plan = plan_tensors(model, recipe)
-    job = Job(
+    return Job(
         model=model,
         tokenizer=tokenizer,
         recipe=recipe,
@@ -76,22 +70,22 @@ def prepare(
         files=embedded_files(checkpoint, tokenizer),
         read_sources=cache(partial(source_files, checkpoint)),
     )
-    return _with_target(job, options, journal, warn) if recipe.target is not None and journal is not None else job
 
 
-def _with_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[[str], None]) -> Job:
-    """The job with bits spread over the layers."""
+def meet_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[[str], None]) -> Job:
+    """The job with bits spread over the layers, after a pass over the model, which the journal's folder keeps."""
     windows = draw_windows(job, journal, warn)
     assert windows is not None
+    job.budget.check_now("the calibration text")
     identity = sweep_identity(job.identity(), job.recipe, windows)
-    sweep = None if options.restart else load_sweep(journal.folder, identity, job.plan)
+    if options.restart:
+        journal.clear_measuring()
+    sweep = None if options.restart else find_sweep(journal.folder, identity, job.plan, warn)
     if sweep is None:
-        sweep = measure_sweep(
-            job.model, job.plan, job.recipe, windows, job.budget.windows_per_batch, journal.folder, identity
-        )
-    else:
-        warn(f"losses of each layer are taken from {journal.folder}")
-    header = header_bytes(job.model, job.plan, job.recipe, windows, job.sources, job.files)
+        check_disk_for_states(journal, job.budget)
+        with journal.giving_up():
+            sweep = measure_sweep(job.model, job.plan, job.recipe, windows, job.budget, journal.folder, identity, warn)
+    header = header_bytes(job.model, map(with_outliers, job.plan), job.recipe, windows, job.sources, job.files)
     other_bytes = header + sum(map(len, job.files.values()))
     spread = spread_bits(job.plan, sweep, job.recipe, other_bytes)
     plan = plan_tensors(job.model, job.recipe, spread.specs)

@@ -6,6 +6,7 @@
     states.*        the hidden states that the next block reads (qtool.states)
     self.*.npy      the sample that the model wrote itself, if it did
     sweep.json      what each layer loses at each width, for a target; it stays when the run is over, for another one
+    sweep.part.json, sweep.0, sweep.1: that, while it is measured, and the hidden states that the next block reads
 
 A step is finished once its line is on the disk, and the line is written after everything that it speaks of.
 """
@@ -16,27 +17,29 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from calibration.errors import CalibrationError
 from formats.errors import FormatError
 from formats.header import TensorEntry, tensor_entry
 from formats.reader import QtmFile
 from formats.writer import sync_folder
-from qtool.errors import ConfigError, naming
+from qtool.errors import CheckpointError, ConfigError, QuantizeError, naming
 from qtool.lock import locked_folder, locked_output
 from qtool.states import STATES_FILES
 
 MANIFEST, LINES, SECTIONS = "manifest.json", "journal.jsonl", "sections"
-SWEEP, SWEEP_STATES = "sweep.json", ("sweep.0", "sweep.1")
+SWEEP, SWEEP_PART, SWEEP_STATES = "sweep.json", "sweep.part.json", ("sweep.0", "sweep.1")
 _FILES = (*STATES_FILES, SECTIONS, LINES, f"{MANIFEST}.new", MANIFEST)  # in the order in which they are removed
-_MEASURING = (f"{SWEEP}.new", *SWEEP_STATES)
+_MEASURING = (SWEEP_PART, f"{SWEEP_PART}.new", f"{SWEEP}.new", *SWEEP_STATES)
 SPREAD_BITS = "bits"  # in a run's identity: what a target gave every layer
 _SAMPLES = "self.*.npy*"
+_OWN_ERRORS = (CheckpointError, QuantizeError, CalibrationError, FormatError)
 _DIGITS = 16  # of the SHA-256 before each line
 _CHUNK_BYTES = 1 << 20
 
@@ -75,10 +78,13 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._locks:
-            self._clear_measuring()
+            if error is None or self._hopeless:
+                self.clear_measuring()
             if error is not None and self._identity and not self._hopeless and (self.steps or self.sample.exists()):
                 error.add_note(f"{self.progress} are kept in {self.folder}, the same command goes on from there")
                 return
+            if error is not None and (self.folder / SWEEP_PART).exists():
+                error.add_note(f"what was measured is kept in {self.folder}, the same command goes on from there")
             if self._identity and not self._is_new:
                 self._clear()
             with suppress(OSError):  # another run's files may be in it, and a mount point stays
@@ -86,12 +92,24 @@ class Journal:
 
     def begin(self, identity: Mapping[str, Any], n_steps: int, *, restart: bool = False) -> None:
         """Find what there is to go on with; nothing is changed yet. ConfigError when it is another run's."""
-        known, steps = self._manifest(), self._read_lines()
-        if restart or known != identity:
-            if known is not None and not restart and (steps or any(self.folder.glob(_SAMPLES))):
-                raise self._other_run(_difference(known, identity))
-            steps, self._is_new = [], True
-        self._identity, self._n_steps, self.steps = identity, n_steps, steps
+        self._n_steps, self.steps = n_steps, self._read_lines()
+        if restart or self._manifest() != identity:
+            if not restart:
+                self._refuse_other(identity)
+            self.steps, self._is_new = [], True
+        self._identity = identity
+
+    def refuse_other(self, identity: Mapping[str, Any], n_steps: int) -> None:
+        """The same ConfigError before a target's bits are known, which takes long."""
+        self._n_steps, self.steps = n_steps, self._read_lines()
+        self._refuse_other(_before_spread(identity))
+
+    def _refuse_other(self, identity: Mapping[str, Any]) -> None:
+        known = self._manifest()
+        if known is not None and SPREAD_BITS not in identity:
+            known = _before_spread(known)
+        if known not in (None, identity) and (self.steps or any(self.folder.glob(_SAMPLES))):
+            raise self._other_run(_difference(known, identity))
 
     def start(self) -> None:
         """From here on the folder is this run's: what another one left goes."""
@@ -109,8 +127,7 @@ class Journal:
 
     def sample_of(self, identity: Mapping[str, Any]) -> Path:
         """The same, for a run that has yet to begin: the bits that a target spreads follow from the sample."""
-        before = {name: value for name, value in identity.items() if name != SPREAD_BITS}
-        return self.folder / f"self.{_check(json.dumps(before))}.npy"
+        return self.folder / f"self.{_check(json.dumps(_before_spread(identity)))}.npy"
 
     @property
     def entries(self) -> list[TensorEntry]:
@@ -158,9 +175,20 @@ class Journal:
             os.fsync(file.fileno())
         self.steps.append(step)
 
-    def give_up(self) -> None:
-        """Keep nothing: the same command would run into the same error again."""
-        self._hopeless = True
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Keep nothing of a run that meets what it would meet again: a broken weight, a layer that cannot be solved.
+
+        Whatever else is behind an error (a disk, a network, memory) may do better next time.
+        """
+        try:
+            yield
+        except _OWN_ERRORS as error:
+            cause: BaseException | None = error
+            while isinstance(cause, _OWN_ERRORS):
+                cause = cause.__cause__
+            self._hopeless = cause is None
+            raise
 
     @property
     def progress(self) -> str:
@@ -195,11 +223,12 @@ class Journal:
         os.truncate(path, end)
         return steps
 
-    def _clear_measuring(self) -> None:
-        """What was measured stays; what it took, which is large, does not."""
-        for path in self.folder.iterdir():
-            if path.name in _MEASURING:
-                path.unlink()
+    def clear_measuring(self) -> None:
+        """What was measured to the end stays; a part of it, and what it took, which is large, does not."""
+        for name in _MEASURING:
+            (self.folder / name).unlink(missing_ok=True)
+        if self._hopeless and self._manifest() is None:
+            self._clear()
 
     def _clear(self, keep: Path | None = None) -> None:
         for path in (*self.folder.glob(_SAMPLES), *(self.folder / name for name in _FILES)):
@@ -207,9 +236,15 @@ class Journal:
                 path.unlink(missing_ok=True)
 
 
+def _before_spread(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a run before its target has been spread over the layers."""
+    return {name: value for name, value in identity.items() if name != SPREAD_BITS}
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether a run may have left something to go on with, or an empty folder to remove."""
-    return folder.is_dir() and [path.name for path in folder.iterdir()] != [SWEEP]
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {SWEEP}
+    return not names or not names <= {SWEEP, *_MEASURING}
 
 
 def default_folder(output: Path) -> Path:

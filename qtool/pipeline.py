@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibration.errors import CalibrationError
 from calibration.hessian import LayerStats
 from calibration.windows import TokenWindows
 from formats.encoding import Encoding, encoding_of
-from formats.errors import FormatError, error_context
+from formats.errors import error_context
 from formats.header import TensorEntry
 from formats.section import pack
 from formats.skeleton import set_tensor
 from formats.writer import BytesLike, Writer
 from qtool.budget import check_disk
 from qtool.checkpoint import Checkpoint, find_tensor
-from qtool.errors import CheckpointError, ConfigError, QuantizeError
+from qtool.errors import ConfigError
 from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
 from qtool.int8 import int8_quantize
-from qtool.job import Job, draw_windows, prepare
+from qtool.job import Job, draw_windows, meet_target, prepare
 from qtool.journal import Journal
 from qtool.memory import reset_peak
 from qtool.numerics import exact_float32, release_free_memory
@@ -37,8 +35,6 @@ from qtool.provenance import header_members, machine
 from qtool.recipe import Recipe, RunOptions
 from qtool.runlog import RunLog, RunReport
 from qtool.states import HiddenStates, advance, calibrate
-
-_OWN_ERRORS = (CheckpointError, QuantizeError, CalibrationError, FormatError)
 
 
 def compress(
@@ -59,11 +55,16 @@ def compress(
     _refuse_same_paths(output, options)
     reset_peak()
     with exact_float32(), RunLog(options.log_file) as log, Journal(output, options.work_dir) as journal:
-        job = prepare(checkpoint, recipe, options, journal, warn)
+        job = prepare(checkpoint, recipe, options, warn)
+        if recipe.target is not None:
+            if not options.restart:
+                journal.refuse_other(job.identity(), 1 + len(job.model.blocks))
+            if not journal.steps:
+                _refuse_existing(output, options)
+            job = meet_target(job, options, journal, warn)
         journal.begin(job.identity(), 1 + len(job.model.blocks), restart=options.restart)
         if not journal.is_published:
-            if output.exists() and not options.overwrite:
-                raise ConfigError(f"{output}: exists already; give another --output or --force")
+            _refuse_existing(output, options)
             if journal.steps:
                 journal.check()
                 warn(f"resumes after {journal.progress}, kept in {journal.folder}")
@@ -90,6 +91,11 @@ def _refuse_same_paths(output: Path, options: RunOptions) -> None:
             raise ConfigError(f"{option} {path}: is the output itself; give another")
 
 
+def _refuse_existing(output: Path, options: RunOptions) -> None:
+    if output.exists() and not options.overwrite:
+        raise ConfigError(f"{output}: exists already; give another --output or --force")
+
+
 def _check_resumed(journal: Journal, windows: TokenWindows | None, warn: Callable[[str], None]) -> None:
     """The windows have to be those that a resumed run was begun with."""
     if journal.steps:
@@ -97,23 +103,6 @@ def _check_resumed(journal: Journal, windows: TokenWindows | None, warn: Callabl
         journal.check_same("calibration_sha256", windows and windows.sha256)
         if begun["machine"] != machine():
             warn(f"begun on {begun['machine']}, goes on with {machine()}: a few codes can differ from a run in one go")
-
-
-@contextmanager
-def _giving_up(journal: Journal) -> Iterator[None]:
-    """Keep nothing of a run that meets what it would meet again: a broken weight, a layer that cannot be solved.
-
-    Whatever else is behind an error (a disk, a network, memory) may do better next time.
-    """
-    try:
-        yield
-    except _OWN_ERRORS as error:
-        cause: BaseException | None = error
-        while isinstance(cause, _OWN_ERRORS):
-            cause = cause.__cause__
-        if cause is None:
-            journal.give_up()
-        raise
 
 
 class _Run:
@@ -132,7 +121,7 @@ class _Run:
         if windows is not None:
             ids = torch.from_numpy(windows.ids)
             states = HiddenStates(self.journal.folder, ids, self.budget.windows_per_batch)
-        with _giving_up(self.journal):
+        with self.journal.giving_up():
             if self.journal.steps:
                 self._resume(states)
             else:

@@ -14,8 +14,9 @@ from qtool.recipe import QuantSpec, Recipe
 from qtool.sizes import format_bytes, stored_bytes
 from qtool.sweep import Sweep, candidates, embedding_candidates, key_of
 
-SHARE_MARGIN, LEAST_SHARE = 1.25, 2e-5
-"""Some rows spoke for all of a layer's outliers: this much more is set aside for them, and none is kept beyond."""
+LEAST_SHARE = 2e-5
+"""Some rows spoke for all of a layer's outliers: this is set aside besides, for single ones; no others are kept."""
+MOST_OUTLIERS = 0.49
 EMBEDDING_WEIGHT = 8.0
 """Layers that an embedding counts as: every block reads what it gives, and often it is the head as well."""
 
@@ -82,16 +83,24 @@ def _options(
 
 
 def _capped(spec: QuantSpec, share: float) -> QuantSpec:
-    """The spec with an upper bound for what a threshold keeps, a little above the measured share of the weights."""
-    if not spec.outlier_threshold:
+    """The spec with an upper bound for what a threshold keeps: the share that was measured."""
+    if not spec.threshold:
         return spec
-    return replace(spec, outliers=min(spec.outliers or 0.49, SHARE_MARGIN * share + LEAST_SHARE))
+    return replace(spec, outliers=min(spec.outliers or MOST_OUTLIERS, share + LEAST_SHARE))
+
+
+def with_outliers(tensor: TensorPlan) -> TensorPlan:
+    """The tensor with as many outliers as its threshold could ever keep: what the header says of it is longest then."""
+    if tensor.spec is None or not tensor.spec.threshold:
+        return tensor
+    spec = replace(tensor.spec, outliers=tensor.spec.outliers or MOST_OUTLIERS)
+    return replace(tensor, encoding=planned_encoding(spec, tensor.shape))
 
 
 def _given(plan: Sequence[TensorPlan], sweep: Sweep) -> dict[str, QuantSpec]:
     """The specs of layers whose bits the user gave, with a bound for their outliers."""
     given = {t.name: t.spec for t in plan if t.is_overridden and t.in_block and t.spec is not None}
-    return {name: _capped(spec, sweep.errors[name].get(key_of(spec), (0.0, 0.0))[1]) for name, spec in given.items()}
+    return {name: _capped(spec, sweep.errors[name][key_of(spec)][1]) for name, spec in given.items()}
 
 
 def _budget(plan: Sequence[TensorPlan], chosen: set[str], recipe: Recipe, other_bytes: int) -> int:

@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 16777216
 MAX_DEPTH = 64
 MAX_ENTRY_CHARS = 16384
 MAX_FREE_CHARS = 524288
-MAX_SECTIONS = 32768
+MAX_SECTIONS = 16384
 
 # Exact types (`type(x) in`): True is an int to isinstance, and no integer to the specification.
 HEADER = {"tensors": list, "files": list, "model": dict, "recipe": dict, "provenance": dict, "quality": dict}

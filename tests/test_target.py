@@ -9,16 +9,23 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from correlated import make_layer
 from interrupted import interrupt
 from invoke import qtool_json, refusal, run_qtool
 from preparing import planned_bytes, prepared
 
 import qtool.job
+import qtool.pipeline
 import qtool.sample
 import qtool.sweep
 from formats.header import serialise_header
 from formats.reader import QtmFile
+from qtool.errors import QuantizeError
 from qtool.fit import planned_encoding
+from qtool.gptq import factorize
+from qtool.options import build_recipe
+from qtool.recipe import QuantSpec
 from qtool.runlog import RunReport
 from qtool.sizes import stored_bytes
 from qtool.sweep import candidates, embedding_candidates
@@ -207,15 +214,43 @@ def test_exceptions_count_inside_the_budget(targeted, output, target, exception)
     assert kept == {("dense", 32) if exception[0] == "--ignore" else ("uniform", int(exception[1][-1]))}
 
 
-@pytest.mark.parametrize("exception", [(), ("--layer", "v_proj=4")])
+@pytest.mark.parametrize("exception", [("--layer", "v_proj=4"), ("--layer", "layers[.]0[.]=3")])
 def test_outliers_by_a_threshold_count_inside_the_budget(command, output, exception):
-    """A layer keeps what it was measured to keep, whether its bits are the target's or the user's choice."""
+    """A layer whose bits are the user's choice keeps what it was measured to keep."""
     options = ("--method", "spqr", "--outlier-threshold", "0.2", "--effort", "fast", "--target-bits", "8")
     run = run_qtool(*command, *options, *exception)
     assert run.exit_code == 0, run.output
     found = qtool_json("inspect", output)
     assert found["bits_per_weight"] <= 8
     assert sum(row["outliers"] for row in found["tensors"]) > 0
+
+
+def test_a_size_is_kept_with_outliers(command, output):
+    options = ("--method", "spqr", "--effort", "fast", "--target-size", "70kB", "--layer", "layers[.]0[.]=3")
+    job, others = prepared([*command, *options, "--work-dir", f"{output}.work"], output.parent)
+    assert any(tensor.encoding.describe(tensor.shape).outliers for tensor in job.plan)
+    assert planned_bytes(job) + others <= 70_000
+    assert run_qtool(*command, *options).exit_code == 0
+    assert output.stat().st_size <= planned_bytes(job) + others
+
+
+def test_candidates_are_widths_with_and_without_outliers_and_half_the_group():
+    found = candidates(build("spqr", group_size=64)).values()
+    assert {(spec.bits, spec.group_size, spec.outlier_threshold) for spec in found} == {
+        (bits, group_size, threshold) for bits in range(2, 9) for group_size in (64, 32) for threshold in (0.2, 0.0)
+    }
+    assert {(spec.bits, spec.group_size) for spec in candidates(build("gptq")).values()} == {
+        (bits, -1)
+        for bits in range(1, 7)  # their outliers follow from the width
+    }
+
+
+def build(method, **options):
+    return build_recipe(
+        calibration="builtin", text_field="text", samples=4, seq_len=64, seed=0, embeddings=None, method=method,
+        number_format="int" if method == "spqr" else None, effort="default", outliers=None, outlier_threshold=None,
+        target_bits=4.0, **options,
+    )  # fmt: skip
 
 
 def test_a_rounded_file_under_a_target_is_verified_against_its_model(command, output, tiny_files):
@@ -236,9 +271,16 @@ def test_a_rounded_file_under_a_target_is_verified_against_its_model(command, ou
         (("--layer", "down_proj"), "--layer down_proj: must be REGEX=BITS, as 'down_proj=4'"),
         (("--layer", "=4"), "--layer =4: must be REGEX=BITS, as 'down_proj=4'"),
         (("--layer", "down_proj=four"), "--layer down_proj=four: must be REGEX=BITS, as 'down_proj=4'"),
-        (("--layer", "down_proj=9"), "bits=9: must be 2 to 8"),
-        (("--method", "int8", "--layer", "up_proj=4"), "--method int8 has 8 bits in every layer: leave out"),
-        (("--method", "int8", "--target-size", "1MB"), "--method int8 has 8 bits in every layer: leave out"),
+        (("--layer", "down_proj=9"), "--layer down_proj=9: bits=9: must be 2 to 8"),
+        (("--layer", "embed=4", "--embeddings", "16"), "--layer 'embed': model.embed_tokens.weight is left dense: "),
+        (
+            ("--method", "int8", "--group-size", "-1", "--layer", "up_proj=4"),
+            "--method int8 has 8 bits in every layer: leave out",
+        ),
+        (
+            ("--method", "int8", "--group-size", "-1", "--target-size", "1MB"),
+            "--method int8 has 8 bits in every layer: leave out",
+        ),
         (("--target-size", "1MB", "--target-bits", "4"), "target_size and target_bits: choose one of the two"),
         (("--target-size", "1MB", "--bits", "4"), "--bits 4: a target chooses the bits itself; give one of the two"),
         (("--target-size", "large"), "--target-size large: not a size; write it as 2GB, 1.5GiB or 800MB"),
@@ -287,7 +329,7 @@ def test_the_run_after_a_dry_run_measures_nothing(monkeypatch, fresh, output):
 def test_one_measurement_serves_every_target_of_a_work_folder(monkeypatch, targeted, output, measured):
     forbid_measuring(monkeypatch)
     work = ("--work-dir", measured.parent)
-    options = [("--target-size", "50kB"), ("--target-bits", "6"), ("--target-bits", "6", "--fused")]
+    options = [("--target-size", "50kB"), ("--target-bits", "6"), ("--target-bits", "5.5", "--fused")]
     options += [("--target-bits", "6", "--layer", "q_proj=3"), ("--target-size", "80kB", "--ignore", "up_proj")]
     assert len({json.dumps(dry_run(targeted, *o, *work)["layers"]) for o in options}) == len(options)
 
@@ -344,19 +386,30 @@ def test_text_that_the_model_wrote_is_its_own(monkeypatch, tiny_files, fresh):
     assert run_qtool(*command).exit_code == 0 and len(written) == 2
 
 
+def test_the_row_of_a_weight_far_from_all_others_is_measured():
+    weight, stats = make_layer(1500, 32)
+    weight[1013, 5] = 40.0
+    for spec in (QuantSpec(), QuantSpec(input_scales=False)):
+        kept = weight.clone()
+        rows, counts = qtool.sweep._sample(weight, factorize(stats, [weight], spec, "layer"))
+        assert len(rows) <= 132 and counts.sum() == pytest.approx(1500)
+        assert counts[(rows == 40.0).any(1)].tolist() == [1.0]  # it stands for itself alone
+        assert torch.equal(weight, kept)
+
+
 # ---- stopped at any moment
 
 
 def stop_measuring(monkeypatch, stop):
-    """Call `stop` when the second block has been measured and hidden states lie in the work folder."""
-    advance = qtool.sweep.advance
+    """Call `stop` when one block has been measured and the second is about to be."""
+    advance = qtool.sweep.calibrate_and_advance
 
     def stopping(model, index, states):
         if index == 1:
             stop()
         return advance(model, index, states)
 
-    monkeypatch.setattr(qtool.sweep, "advance", stopping)
+    monkeypatch.setattr(qtool.sweep, "calibrate_and_advance", stopping)
 
 
 def in_a_child(run):
@@ -370,25 +423,83 @@ def in_a_child(run):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_interrupted_while_it_measures_nothing_is_left(monkeypatch, fresh, output):
+def test_interrupted_while_it_measures_it_goes_on_behind_the_last_block(monkeypatch, fresh, output, in_one_go):
     def stop():
         raise KeyboardInterrupt
 
+    command, work = [*fresh, "--target-size", "60kB"], output.with_name(f"{output.name}.work")
     with monkeypatch.context() as patched:
         stop_measuring(patched, stop)
-        assert refusal(*fresh, "--target-size", "60kB") == "interrupted; nothing was left behind"
-    assert os.listdir(output.parent) == []
+        message = f"interrupted; what was measured is kept in {work}, the same command goes on from there"
+        assert refusal(*command) == message
+    with monkeypatch.context() as patched:
+        measured, advance = [], qtool.sweep.calibrate_and_advance
+        patched.setattr(qtool.sweep, "calibrate_and_advance", lambda m, i, s: (measured.append(i), advance(m, i, s))[1])
+        assert run_qtool(*command).exit_code == 0
+    assert measured == [1, 2]
+    assert output.read_bytes() == in_one_go("--target-size", "60kB")
+    assert os.listdir(work) == ["sweep.json"]
 
 
-def test_killed_while_it_measures_the_same_command_gives_the_same_bytes(monkeypatch, fresh, output, in_one_go):
+@pytest.mark.parametrize("damaged", [None, "sweep.1", "sweep.part.json"])
+def test_killed_while_it_measures_the_same_command_gives_the_same_bytes(monkeypatch, fresh, output, in_one_go, damaged):
     command, work = [*fresh, "--target-size", "60kB"], output.with_name(f"{output.name}.work")
     with monkeypatch.context() as patched:
         stop_measuring(patched, lambda: os._exit(9))
         assert in_a_child(lambda: run_qtool(*command)) == 9
-    assert {"sweep.0", "sweep.1"} <= set(os.listdir(work))
-    assert run_qtool(*command).exit_code == 0
+    assert set(os.listdir(work)) == {"sweep.0", "sweep.1", "sweep.part.json"}
+    if damaged:
+        with open(work / damaged, "r+b") as file:
+            file.write(b"damaged.")
+    result = run_qtool(*command)
+    assert result.exit_code == 0, result.output
+    goes_on = f"goes on measuring after 1 of 3 blocks, kept in {work}"
+    assert (goes_on in result.stderr) == (damaged is None)
     assert output.read_bytes() == in_one_go("--target-size", "60kB")
     assert os.listdir(work) == ["sweep.json"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(("--ignore", "up_proj"), ()), ((), ("--restart",))])
+def test_a_part_of_a_measurement_that_does_not_fit_is_made_again(monkeypatch, fresh, output, first, second):
+    command = [*fresh, "--target-size", "80kB"]
+    with monkeypatch.context() as patched:
+        stop_measuring(patched, lambda: os._exit(9))
+        assert in_a_child(lambda: run_qtool(*command, *first)) == 9
+    result = run_qtool(*command, *second)
+    assert result.exit_code == 0, result.output
+    assert "goes on" not in result.stderr
+    assert os.listdir(output.with_name(f"{output.name}.work")) == ["sweep.json"]
+
+
+def test_what_was_measured_to_the_end_outlives_what_lies_beside_it(monkeypatch, targeted, output, measured):
+    work = output.with_name(f"{output.name}.work")
+    for name in ("sweep.0", "sweep.1", "sweep.part.json"):
+        (work / name).write_bytes(b"of a run that was killed")
+    forbid_measuring(monkeypatch)
+    dry_run(targeted, "--target-size", "60kB")
+    assert os.listdir(work) == ["sweep.json"]
+
+
+def test_measurements_that_cannot_be_read_are_none(fresh, output):
+    (output.parent / "a.work" / "sweep.json").mkdir(parents=True)
+    assert run_qtool(*fresh, "--target-size", "60kB").exit_code == 0
+
+
+def test_what_cannot_be_measured_leaves_nothing(monkeypatch, fresh, output):
+    def stop():
+        raise QuantizeError("a layer that cannot be solved")
+
+    stop_measuring(monkeypatch, stop)
+    assert refusal(*fresh, "--target-size", "60kB") == "a layer that cannot be solved"
+    assert os.listdir(output.parent) == []
+
+
+def test_a_second_target_takes_what_a_run_beside_it_measured(fresh, output, tmp_path):
+    assert run_qtool(*fresh, "--target-size", "60kB").exit_code == 0
+    second = run_qtool(*fresh, "-o", output.with_name("second.qtm"), "--target-size", "55kB")
+    assert second.exit_code == 0
+    assert f"losses of each layer are taken from {output}.work" in second.stderr
+    assert os.listdir(output.with_name("second.qtm.work")) == ["sweep.json"]
 
 
 def test_what_a_killed_measurement_left_goes_with_any_run(monkeypatch, fresh, output):
@@ -409,8 +520,10 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bits(monkeypatch, fresh, ou
     assert os.listdir(work) == ["sweep.json"]
 
 
-def test_another_target_does_not_mix(monkeypatch, fresh):
+def test_another_target_does_not_mix_but_can_be_planned(monkeypatch, fresh):
     interrupt(monkeypatch, [*fresh, "--target-size", "60kB"])
+    assert dry_run(fresh, "--target-size", "61kB")["layers"]
+    monkeypatch.setattr(qtool.pipeline, "meet_target", lambda *args: pytest.fail("measured for nothing"))
     assert "holds another run (" in last_line(fresh, "--target-size", "61kB")
 
 
