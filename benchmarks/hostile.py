@@ -11,10 +11,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.tools import Limits, parser, print_table
-from formats.encoding import Uniform, align
+from formats.encoding import Codebook, Encoding, Trellis, Uniform, align
+from formats.encoding.codebook import FITTED
+from formats.encoding.trellis import RUN_ROWS
 from formats.preamble import MAX_HEADER_BYTES, build_preamble
 from formats.strict_json import MAX_ENTRIES, MAX_ENTRY_CHARS, MAX_FREE_CHARS
 
@@ -99,12 +103,12 @@ def tensors(n: int, last: str = '{"name":"last"}') -> str:
     return "[" + ",".join([*entries(), last]) + "]"
 
 
-def quantized(n: int) -> bytes:
-    """`n` good entries, no two of which have a layout in common, and a bad one."""
+def quantized(n: int, encoding_of: Callable[[int], Encoding]) -> bytes:
+    """`n` good entries, no two of which have a layout in common, and a bad one; encoding_of: of a group size."""
     entries, end = [], 0
     pairs = ((n_in, group_size) for n_in in itertools.count(1) for group_size in range(1, n_in + 1))
     for i, (n_in, group_size) in enumerate(itertools.islice(pairs, n)):
-        encoding = Uniform(bits=7, group_size=group_size, symmetric=False, input_scales=True)
+        encoding = encoding_of(group_size)
         offset, n_bytes = align(end, 256), encoding.section_bytes((1, n_in))
         place = {"name": f"{i}", "offset": 256 + offset, "bytes": n_bytes, "sha256": "0" * 64, "shape": [1, n_in]}
         entries.append(json.dumps(place | encoding.fields(), separators=(",", ":")))
@@ -117,6 +121,15 @@ def everywhere(value: str) -> dict[str, str]:
     return {name: f'{{"x":{value}}}' for name in FREE} | {"files": "[0]"}
 
 
+ALL_PARTS: dict[str, Any] = {"input_scales": True, "stat_bits": 7, "stat_rows": 1, "outliers": 1}
+LAYOUTS: dict[str, Callable[[int], Encoding]] = {
+    "uniform": lambda g: Uniform(bits=7, group_size=g, symmetric=False, input_scales=True),
+    "uniform, all parts": lambda g: Uniform(bits=7, group_size=g, symmetric=False, **ALL_PARTS),
+    "codebook": lambda g: Codebook(
+        bits=7, levels=FITTED, group_size=g, double_quant=True, input_scales=True, outliers=1
+    ),
+    "trellis": lambda g: Trellis(bits=6, memory=9, run=RUN_ROWS, group_size=g, **ALL_PARTS),
+}
 QUARTER = MAX_FREE_CHARS // 4 - 64
 ATTACKS: dict[str, Callable[[], bytes]] = {
     "one string": lambda: with_header(b'"' + bytes(MAX_HEADER_BYTES - 2) + b'"'),
@@ -145,7 +158,10 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "as many good tensors as there may be, the last bad": lambda: with_members(
         bytes(256 * MAX_ENTRIES), tensors=tensors(MAX_ENTRIES - 1)
     ),
-    "as many quantized ones, none like another, the last bad": lambda: quantized(MAX_ENTRIES - 1),
+    **{
+        f"as many of {kind}, none like another, the last bad": partial(quantized, MAX_ENTRIES - 1, encoding_of)
+        for kind, encoding_of in LAYOUTS.items()
+    },
     "good tensors, and lists to depth 63": lambda: with_members(
         bytes(256 * MAX_ENTRIES), tensors=tensors(MAX_ENTRIES - 2), **everywhere(filled(deep(61), QUARTER))
     ),

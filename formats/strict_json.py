@@ -16,7 +16,7 @@ from formats.errors import FormatError
 MAX_DEPTH = 64  # deep enough for any model config, far from the recursion limit of any JSON library
 MAX_ENTRY_CHARS = 2**14  # a name of 1024 bytes takes 6144, if every one is escaped
 MAX_FREE_CHARS = 2**19
-MAX_ENTRIES = 2**15  # opening the largest header there can be takes less than a second
+MAX_ENTRIES = 2**14  # opening the largest header there can be takes less than a second
 
 _CHUNK_BYTES = 2**18
 _SPACE = re.compile(r"[ \t\n\r]*+")

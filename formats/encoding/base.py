@@ -104,7 +104,7 @@ class Encoding(ABC):
 
     def section_bytes(self, shape: Shape) -> int:
         """Bytes of the section of a tensor of this shape: up to the end of its last part (SPEC 7.1)."""
-        end = 0  # without `parts`, and in the fewest steps: a header may have 32768 tensors, none like another
+        end = 0  # without `parts`, and in the fewest steps: a header may have 16384 tensors, none like another
         for _, dtype, part_shape in self.part_shapes(shape):
             n_bytes = ITEM_BYTES[dtype]
             for size in part_shape:
