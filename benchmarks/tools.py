@@ -18,7 +18,7 @@ MEASURE = ["--seq-len", "1024", "--max-windows", "16"]
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options that name the model and the texts; by default the reference model and the texts beside the repo."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--model", type=Path, default=Path("build/reference"), help="Hugging Face folder to compress")
+    made.add_argument("--model", type=Path, default=Path("build/reference-0"), help="Hugging Face folder to compress")
     made.add_argument("--calibration", type=Path, default=SHARED / "data/c4-sample.txt")
     made.add_argument("--data", type=Path, default=SHARED / "data/wikitext2-test.txt")
     made.add_argument("--work", type=Path, default=Path("build/bench"), help="folder for what the benchmark writes")
