@@ -9,10 +9,10 @@ the script fails when one does not hold.
 
 from __future__ import annotations
 
-from benchmarks.frontier import Bench, Measured
+from benchmarks.frontier import SAMPLES, Bench, Measured
 from benchmarks.tools import Limits, parser, print_table
 
-SAMPLES, SCORED = ["--samples", 16, "--seq-len", 1024], 8
+SCORED = ["--seq-len", 1024, "--max-windows", 8]
 INT = ["--bits", 3, "--group-size", 64]
 TRELLIS = ["--format", "trellis", "--bits", 3]
 SOLVER = {
@@ -44,7 +44,7 @@ CLAIMS = {
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    bench = Bench(args.model, args.calibration, args.data, args.work / "ablation", 0, scored=SCORED)
+    bench = Bench(args.model, args.calibration, args.data, args.work / "ablation", 0, SCORED)
     solver = [bench.measure("qtool", name, [*options, *SAMPLES]) for name, options in SOLVER.items()]
     claims = {name: bench.measure("qtool", name, [*options, *SAMPLES]) for name, options in CLAIMS.items()}
     print_table(("what", "bits per weight", "ratio", "seconds"), [_row(row) for row in (*solver, *claims.values())])

@@ -10,11 +10,12 @@ bits as a point does better than it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.peers.measure import measure_peers
-from benchmarks.tools import Limits, parser, print_table, qtool
+from benchmarks.tools import MEASURE, Limits, parser, print_table, qtool
 from qtool.pictures.chart import Chart, Point, draw_chart
 from qtool.pictures.page import standalone_svg
 
@@ -47,9 +48,11 @@ class Measured:
 class Bench:
     """qtool on one model; what has been measured is kept in `work`."""
 
-    def __init__(self, model: Path, calibration: Path, data: Path, work: Path, seed: int, scored: int = 16) -> None:
+    def __init__(
+        self, model: Path, calibration: Path, data: Path, work: Path, seed: int, protocol: Sequence[object] = MEASURE
+    ) -> None:
         self.model, self.calibration, self.data, self.work, self.seed = model, calibration, data, work, seed
-        self._protocol = ["--seq-len", 1024, "--max-windows", scored]
+        self._protocol = protocol
         work.mkdir(parents=True, exist_ok=True)
 
     def measure(self, series: str, setting: str, options: list[object]) -> Measured:

@@ -85,6 +85,7 @@ def meet_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[
         check_disk_for_states(journal, job.budget)
         with journal.giving_up():
             sweep = measure_sweep(job.model, job.plan, job.recipe, windows, job.budget, journal.folder, identity, warn)
+        journal.clear_measuring()  # the states are large
     header = header_bytes(job.model, map(with_outliers, job.plan), job.recipe, windows, job.sources, job.files)
     other_bytes = header + sum(map(len, job.files.values()))
     spread = spread_bits(job.plan, sweep, job.recipe, other_bytes)

@@ -80,6 +80,8 @@ class Journal:
         with self._locks:
             if error is None or self._hopeless:
                 self.clear_measuring()
+            if self._hopeless and self._manifest() is None:  # not even a sample is of use
+                self._clear()
             if error is not None and self._identity and not self._hopeless and (self.steps or self.sample.exists()):
                 error.add_note(f"{self.progress} are kept in {self.folder}, the same command goes on from there")
                 return
@@ -227,8 +229,6 @@ class Journal:
         """What was measured to the end stays; a part of it, and what it took, which is large, does not."""
         for name in _MEASURING:
             (self.folder / name).unlink(missing_ok=True)
-        if self._hopeless and self._manifest() is None:
-            self._clear()
 
     def _clear(self, keep: Path | None = None) -> None:
         for path in (*self.folder.glob(_SAMPLES), *(self.folder / name for name in _FILES)):

@@ -91,15 +91,20 @@ def find_sweep(
     It is kept in `folder`, since a run goes on with the losses that it began with.
     """
     names = {tensor.name for tensor in plan if tensor.spec is not None}
-    for path in (folder / SWEEP, *sorted(folder.parent.glob(f"*/{SWEEP}"))):
-        with suppress(*TORN):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            sweep = Sweep(**kept["sweep"])
-            if kept["identity"] == identity and names <= sweep.errors.keys():
-                warn(f"losses of each layer are taken from {path.parent}")
-                if path.parent != folder:
-                    _keep(folder / SWEEP, identity=identity, sweep=asdict(sweep))
-                return sweep
+    for path in dict.fromkeys((folder / SWEEP, *sorted(folder.parent.glob(f"*/{SWEEP}")))):
+        if (sweep := _read_sweep(path, identity)) is not None and names <= sweep.errors.keys():
+            warn(f"losses of each layer are taken from {path.parent}")
+            if path.parent != folder:
+                _keep(folder / SWEEP, identity=identity, sweep=asdict(sweep))
+            return sweep
+    return None
+
+
+def _read_sweep(path: Path, identity: Mapping[str, Any]) -> Sweep | None:
+    """What a file holds, if it is whole and of this identity."""
+    with suppress(*TORN):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Sweep(**kept["sweep"]) if kept["identity"] == identity else None
     return None
 
 
@@ -136,8 +141,6 @@ def measure_sweep(
         release_free_memory()
         budget.check_now(f"block {index}")
     _keep(folder / SWEEP, identity=identity, sweep=asdict(measured.sweep))
-    for name in (SWEEP_PART, *SWEEP_STATES):
-        (folder / name).unlink(missing_ok=True)
     return measured.sweep
 
 
