@@ -21,13 +21,10 @@ class _BlockDone(Exception):
 
 
 class HessianCapture:
-    """Forward pre-hooks on `linears`; those that are handed the very same tensor share one Hessian.
+    """Forward pre-hooks on `linears`; those that are handed the very same tensor share one Hessian."""
 
-    per_token: as `HessianAccumulator` has it.
-    """
-
-    def __init__(self, linears: dict[str, nn.Module], *, per_token: bool = False) -> None:
-        self._linears, self._wants_per_token = linears, per_token
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        self._linears = linears
         self._leader: dict[str, str] = {}  # linear -> the linear whose accumulator it shares
         self._accumulators: dict[str, HessianAccumulator] = {}
         self._new: dict[str, Tensor] = {}  # leaders first seen in this forward, and what they saw
@@ -89,7 +86,7 @@ class HessianCapture:
                 self._leader[name] = leader
                 return
         self._leader[name] = name
-        self._accumulators[name] = HessianAccumulator(x.shape[-1], per_token=self._wants_per_token)
+        self._accumulators[name] = HessianAccumulator(x.shape[-1])
         self._new[name] = x
 
     def results(self) -> dict[str, LayerStats]:

@@ -16,6 +16,7 @@ from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 from qtool.sample import SAMPLES_PER_BATCH
+from qtool.sensitivity import LOGITS_AT_A_TIME, windows_backward
 from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
 from qtool.states import windows_per_batch
 
@@ -24,6 +25,7 @@ COMPILER_BYTES = 170_000_000  # numba, which compiles the trellis's search
 TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
 SLACK = 1.15  # what the allocator holds free between tensors
 SOLVER_COPIES = 11  # of a stripe of weights as float32: scaled, free, codes, errors, decoded, the grid's temporaries
+GRADIENT_COPIES = 4  # of what a forward pass makes: kept for the way back, and the gradients there
 HEADER_ROOM_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
 
 
@@ -34,6 +36,7 @@ class Budget:
     windows_per_batch: int
     peak_rss_bytes: int  # a bound for the whole run
     states_bytes: int  # of one file of hidden states on disk
+    measuring_bytes: int = 0  # of all that a target takes on disk while it is measured
     max_memory_bytes: int | None = None
 
     def check_now(self, what: str) -> None:
@@ -50,14 +53,13 @@ def plan_budget(
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
     windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.source.split(",")
     while True:
-        hessians = (
-            0 if not n_windows else 1 if recipe.target is None else 2
-        )  # of each input; a target has one per token
-        peak = _peak_rss_bytes(model, plan, windows * seq_len if n_windows else 0, seq_len, hessians)
+        n_tokens = windows * seq_len if n_windows else 0
+        peak = _peak_rss_bytes(model, plan, n_tokens, seq_len, measures=recipe.target is not None)
         if n_windows and samples_itself:
             peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
-            return Budget(windows, peak, states_bytes, max_memory_bytes)
+            measuring = measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
+            return Budget(windows, peak, states_bytes, measuring if recipe.target else 0, max_memory_bytes)
         if windows == 1 or not n_windows:
             raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")
         windows //= 2
@@ -67,18 +69,31 @@ def _too_little(limit: int, needed: float, why: str) -> ConfigError:
     return ConfigError(f"--max-memory {format_bytes(limit)}: this run needs at least {format_bytes(needed)}: {why}")
 
 
-def _peak_rss_bytes(model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int, n_hessians: int) -> int:
+def measuring_bytes(states_bytes: int, n_windows: int, seq_len: int, windows_per_batch: int, n_blocks: int) -> int:
+    """Of the hidden states on disk while losses are measured, or of those of every block while gradients are."""
+    backward = min(n_windows, windows_backward(seq_len, windows_per_batch))
+    return states_bytes * max(2 * n_windows, backward * (n_blocks + 3)) // max(n_windows, 1)
+
+
+def _peak_rss_bytes(
+    model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int, *, measures: bool
+) -> int:
     """The largest of the moments of a run: a tensor outside the blocks is packed, a block is run, a layer is solved."""
     largest = max((6 * t.n_parameters for t in plan if not t.in_block), default=0)  # float32, and as it was stored
     names = set(model.outside_names(head=False))
     looked_up = sum(4 * t.n_parameters for t in plan if t.name in names)
     moments = [largest, TOKENIZER_BYTES * bool(n_tokens)]
+    if measures:  # the head's way back
+        moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + GRADIENT_COPIES * 4 * LOGITS_AT_A_TIME)
     for tensors in blocks_of(model, plan):
         weights = 4 * sum(t.n_parameters for t in tensors)
         # As float32 and as stored; fused experts are put together from their parts, which doubles them.
         loading = sum((12 if len(t.shape) == 3 else 6) * t.n_parameters for t in tensors)
         running = _forward_bytes(model, tensors, n_tokens, seq_len)
-        hessians = _hessians(tensors) * n_hessians
+        hessians = _hessians(tensors)
+        if measures:
+            moments.append(weights + GRADIENT_COPIES * running)
+            hessians += sum(4 * t.shape[1] ** 2 for t in tensors if t.spec is not None)  # another one of each layer
         moments += [loading + looked_up * bool(n_tokens), weights + running + hessians]
         for tensor in tensors:
             if tensor.spec is not None:
@@ -138,7 +153,7 @@ def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:
 def check_disk_for_states(journal: Journal, budget: Budget) -> None:
     """The same before a target is measured, when the file's size is not known yet."""
     used = sum(path.stat().st_size for path in journal.folder.iterdir())
-    _require(journal.folder, max(2 * budget.states_bytes - used, 0))
+    _require(journal.folder, max(budget.measuring_bytes - used, 0))
 
 
 def check_disk(journal: Journal, plan: list[TensorPlan], files: Mapping[str, bytes], budget: Budget) -> None:

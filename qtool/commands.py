@@ -113,7 +113,8 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         f"peak memory      at most {format_bytes(estimate['peak_rss_bytes'])}",
         f"work folder      {format_bytes(estimate['work_bytes'])} besides the file, until the run is done",
         f"time             about {estimate['seconds']:.0f} s on this machine",
-        *_format_bits(estimate),
+        *_format_loss(estimate),
+        *_format_bits(estimate["layers"]),
         f"left dense       {len(estimate['left_dense'])} tensors",
     ]
     for reason in dict.fromkeys(row["reason"] for row in estimate["left_dense"]):
@@ -130,14 +131,26 @@ def _uncounted(estimate: dict[str, Any]) -> str:
     return f" (its loss at most {gap:.2%} above the least)" if gap else ""
 
 
-def _format_bits(estimate: dict[str, Any]) -> list[str]:
-    """How many layers of each kind have which bits."""
-    kinds: dict[str, Counter[int]] = {}
-    for row in estimate["layers"]:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), Counter())[row["bits"]] += 1
+def _format_loss(estimate: dict[str, Any]) -> list[str]:
+    """What a target's layers cost; to second order, so that below 3 bits it is a measure and no forecast."""
+    loss = estimate["predicted_kl"]
+    return [] if loss is None else [f"predicted loss   {loss:.4g} nats of KL divergence a token"]
+
+
+def _format_bits(layers: list[dict[str, Any]]) -> list[str]:
+    """How many layers of each kind are stored how."""
+    is_told = {key: len({row[key] for row in layers}) > 1 for key in ("group_size", "outliers")}
+
+    def label(row: dict[str, Any]) -> str:
+        group = f" g{row['group_size']}" if is_told["group_size"] and row["group_size"] > 0 else ""
+        return f"{row['bits']} bits{group}" + " and outliers" * (is_told["outliers"] and row["outliers"])
+
+    kinds: dict[str, Counter[str]] = {}
+    for row in layers:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), Counter())[label(row)] += 1
     width = max(map(len, kinds), default=0)
     return [
-        f"  {kind:{width}}  " + ", ".join(f"{bits} bits ×{n}" for bits, n in sorted(counts.items()))
+        f"  {kind:{width}}  " + ", ".join(f"{label} ×{n}" for label, n in sorted(counts.items()))
         for kind, counts in kinds.items()
     ]
 

@@ -37,12 +37,21 @@ def estimate_run(job: Job) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
         "quantized_share": quantized / parameters,
         "peak_rss_bytes": budget.peak_rss_bytes,
-        "work_bytes": 2 * budget.states_bytes,
+        "work_bytes": max(2 * budget.states_bytes, budget.measuring_bytes),
         "seconds": _seconds(model, plan, recipe),
         "layers": [
-            {"name": t.name, "bits": t.spec.bits, "bytes": stored_bytes(t.encoding, t.shape)} for t in plan if t.spec
+            {
+                "name": t.name,
+                "bits": t.spec.bits,
+                "group_size": t.spec.group_size,
+                "outliers": t.spec.keeps_outliers,
+                "bytes": stored_bytes(t.encoding, t.shape),
+            }
+            for t in plan
+            if t.spec
         ],
-        "allocation_gap": job.gap,
+        "predicted_kl": job.allocation and job.allocation.loss,
+        "allocation_gap": job.allocation.gap if job.allocation else 0.0,
         "outliers_by_threshold": any(t.spec and t.spec.threshold and not t.spec.outliers for t in plan),
         "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
     }

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calibration.windows import TokenWindows
+from qtool.allocate import Allocation
 from qtool.budget import Budget, check_disk_for_states, plan_budget
 from qtool.checkpoint import Checkpoint
 from qtool.journal import SPREAD_BITS, Journal
@@ -35,7 +36,7 @@ class Job:
     files: dict[str, bytes]
     read_sources: Callable[[], list[dict[str, Any]]]  # cached: all weights are read, so only when it is needed
     windows: TokenWindows | None = None  # where a target had to look at them already
-    gap: float = 0.0  # how far from the least loss the bits are spread, as a share of it
+    allocation: Allocation | None = None  # what the spread of a target's bits comes to
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def meet_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[
     other_bytes = header + sum(map(len, job.files.values()))
     spread = spread_bits(job.plan, sweep, job.recipe, other_bytes)
     plan = plan_tensors(job.model, job.recipe, spread.specs)
-    return replace(job, plan=plan, windows=windows, gap=spread.allocation.gap)
+    return replace(job, plan=plan, windows=windows, allocation=spread.allocation)
 
 
 def draw_windows(job: Job, journal: Journal, warn: Callable[[str], None]) -> TokenWindows | None:

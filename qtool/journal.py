@@ -7,6 +7,7 @@
     self.*.npy      the sample that the model wrote itself, if it did
     sweep.json      what each layer loses at each width, for a target; it stays when the run is over, for another one
     sweep.part.json, sweep.0, sweep.1: that, while it is measured, and the hidden states that the next block reads
+    forward.*, gradient.*: every block's input, and the gradients there, for what an error costs
 
 A step is finished once its line is on the disk, and the line is written after everything that it speaks of.
 """
@@ -35,8 +36,9 @@ from qtool.states import STATES_FILES
 
 MANIFEST, LINES, SECTIONS = "manifest.json", "journal.jsonl", "sections"
 SWEEP, SWEEP_PART, SWEEP_STATES = "sweep.json", "sweep.part.json", ("sweep.0", "sweep.1")
+FORWARD, GRADIENT = "forward.", "gradient."
 _FILES = (*STATES_FILES, SECTIONS, LINES, f"{MANIFEST}.new", MANIFEST)  # in the order in which they are removed
-_MEASURING = (SWEEP_PART, f"{SWEEP_PART}.new", f"{SWEEP}.new", *SWEEP_STATES)
+_MEASURING = (f"{SWEEP_PART}*", f"{SWEEP}.new", *SWEEP_STATES, f"{FORWARD}*", f"{GRADIENT}*")
 SPREAD_BITS = "bits"  # in a run's identity: what a target gave every layer
 _SAMPLES = "self.*.npy*"
 _OWN_ERRORS = (CheckpointError, QuantizeError, CalibrationError, FormatError)
@@ -204,7 +206,8 @@ class Journal:
 
     def _refuse_foreign_files(self) -> None:
         for path in self.folder.iterdir():
-            if path.name not in (*_FILES, *_MEASURING, SWEEP) and not fnmatch(path.name, _SAMPLES):
+            known = path.name in (*_FILES, SWEEP) or any(fnmatch(path.name, p) for p in (*_MEASURING, _SAMPLES))
+            if not known:
                 raise ConfigError(f"{self.folder}: has {path.name!r} in it, which is no run's; give a new --work-dir")
 
     def _manifest(self) -> Any:
@@ -227,8 +230,9 @@ class Journal:
 
     def clear_measuring(self) -> None:
         """What was measured to the end stays; a part of it, and what it took, which is large, does not."""
-        for name in _MEASURING:
-            (self.folder / name).unlink(missing_ok=True)
+        for pattern in _MEASURING:
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def _clear(self, keep: Path | None = None) -> None:
         for path in (*self.folder.glob(_SAMPLES), *(self.folder / name for name in _FILES)):
@@ -244,7 +248,7 @@ def _before_spread(identity: Mapping[str, Any]) -> dict[str, Any]:
 def is_unfinished(folder: Path) -> bool:
     """Whether a run may have left something to go on with, or an empty folder to remove."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {SWEEP}
-    return not names or not names <= {SWEEP, *_MEASURING}
+    return not names or not all(any(fnmatch(name, pattern) for pattern in (SWEEP, *_MEASURING)) for name in names)
 
 
 def default_folder(output: Path) -> Path:

@@ -142,7 +142,8 @@ class BlockwiseModel:
 
     # ---- running
 
-    @torch.no_grad()
+    # Weights want no gradients, so none are computed for an input that wants none.
+
     def embed(self, ids: Tensor) -> Tensor:
         """The input [batch, seq, hidden] of the first block for token ids [batch, seq]; needs `outside`."""
         if self._blocks_return_tuples is None:
@@ -204,14 +205,12 @@ class BlockwiseModel:
     def _as_block_output(self, hidden: Tensor) -> Any:
         return (hidden,) if self._blocks_return_tuples else hidden
 
-    @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """The output of block `index`, in memory, for its input [batch, seq, hidden] seen by `embed`."""
         call = self._calls[hidden.shape[0], hidden.shape[1]][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [batch, seq, vocab] of the last block's output; needs `outside(head=True)`."""
 

@@ -7,7 +7,7 @@ resumed run needs is whole at every moment.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,11 +31,12 @@ def windows_per_batch(seq_len: int) -> int:
 
 
 class HiddenStates:
-    """float32 states [batch, seq, hidden], batch after batch; step i is what block i reads."""
+    """float32 states [batch, seq, hidden], batch after batch; step i is what block i reads.
 
-    def __init__(
-        self, folder: Path, ids: Tensor, windows_per_batch: int, names: tuple[str, str] = STATES_FILES
-    ) -> None:
+    names: of the files that take turns.
+    """
+
+    def __init__(self, folder: Path, ids: Tensor, windows_per_batch: int, names: Sequence[str] = STATES_FILES) -> None:
         self._folder, self._names = folder, names
         self.batches = ids.split(windows_per_batch)
         """The token ids [batch, seq] of each batch."""
@@ -71,8 +72,11 @@ class HiddenStates:
                 file.readinto(states.numpy().data)
                 yield states
 
+    def remove(self, step: int) -> None:
+        self._path(step).unlink(missing_ok=True)
+
     def _path(self, step: int) -> Path:
-        return self._folder / self._names[step % 2]
+        return self._folder / self._names[step % len(self._names)]
 
 
 def calibrate(model: BlockwiseModel, index: int, states: HiddenStates | None) -> dict[str, LayerStats]:
@@ -91,8 +95,8 @@ def advance(model: BlockwiseModel, index: int, states: HiddenStates | None) -> i
 
 
 def calibrate_and_advance(model: BlockwiseModel, index: int, states: HiddenStates) -> tuple[dict[str, LayerStats], int]:
-    """Both in one pass, for a block whose weights stay as they are; the statistics have their Hessian per token."""
-    capture = HessianCapture(model.linears(index), per_token=True)
+    """Both in one pass, for a block whose weights stay as they are."""
+    capture = HessianCapture(model.linears(index))
     inputs = states.read(index)
     if index + 1 == len(model.blocks):
         return capture.run(lambda x: model.run(index, x), inputs), 0

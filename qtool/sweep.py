@@ -1,18 +1,15 @@
-"""What each layer loses at each width: measured once, kept in the work folder, and used for every target."""
+"""What each layer costs the model at each width: measured once, kept in the work folder, and used for every target."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from calibration.hessian import LayerStats
@@ -23,33 +20,23 @@ from qtool.checkpoint import find_tensor
 from qtool.errors import ConfigError
 from qtool.gptq import (
     Factor,
-    Solution,
     factorize,
-    gptq_quantize,
-    outlier_unit,
-    output_energy,
-    relative_error,
-    rtn_quantize,
 )
 from qtool.journal import SWEEP, SWEEP_PART, SWEEP_STATES, write_durably
+from qtool.layer_loss import embedding_losses, layer_losses
 from qtool.model import BlockwiseModel
 from qtool.numerics import release_free_memory
 from qtool.plan import TensorPlan, by_input, weight_of
 from qtool.recipe import BITS, QuantSpec, Recipe
+from qtool.sensitivity import Cost, Gradients
 from qtool.states import HiddenStates, calibrate_and_advance
 
-SAMPLE_ROWS, HOT_ROWS = 96, 32
-"""Rows of a layer that are solved at each width; rows do not touch each other, so some speak for all. But one weight
-far from all others can cost more than the rest of its layer: the rows of the largest are always among them."""
-MEMORY = 6
-"""Of a trellis while it is measured: a longer one lowers the error of every layer by much the same share."""
 LEAST_HALVED = 64
 """Groups this long are also measured at half the length."""
 EMBEDDING_BITS = (3, 4, 5, 6, 7, 8)
-EMBEDDING_ROWS = 4096
 TORN = (OSError, ValueError, KeyError, TypeError)
 """What reading a broken file, or one that is not there, raises: it is measured again."""
-REVISION = 1
+REVISION = 2
 """Of how losses are measured: to be raised when that changes."""
 
 
@@ -57,8 +44,8 @@ REVISION = 1
 class Sweep:
     """What was measured."""
 
-    # tensor -> key of a candidate -> relative error, share of outliers
-    errors: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    # tensor -> key of a candidate -> KL divergence that it costs in nats a token, share of outliers
+    losses: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)  # linear -> the first one of those that read its input
 
 
@@ -92,7 +79,7 @@ def find_sweep(
     """
     names = {tensor.name for tensor in plan if tensor.spec is not None}
     for path in dict.fromkeys((folder / SWEEP, *sorted(folder.parent.glob(f"*/{SWEEP}")))):
-        if (sweep := _read_sweep(path, identity)) is not None and names <= sweep.errors.keys():
+        if (sweep := _read_sweep(path, identity)) is not None and names <= sweep.losses.keys():
             warn(f"losses of each layer are taken from {path.parent}")
             if path.parent != folder:
                 _keep(folder / SWEEP, identity=identity, sweep=asdict(sweep))
@@ -128,16 +115,19 @@ def measure_sweep(
     warn: Callable[[str], None],
 ) -> Sweep:
     """One pass over the uncompressed model, kept in `folder` block by block: a run that was stopped goes on there."""
-    states = HiddenStates(folder, torch.from_numpy(windows.ids), budget.windows_per_batch, SWEEP_STATES)
-    measured = _Sweep(model, {t.name: t for t in plan if t.spec is not None}, recipe)
+    ids, in_batch = torch.from_numpy(windows.ids), budget.windows_per_batch
+    states, gradients = HiddenStates(folder, ids, in_batch, SWEEP_STATES), Gradients(model, ids, folder, in_batch)
+    measured = _Sweep(model, {t.name: t for t in plan if t.spec is not None}, recipe, states, gradients)
     own = {**identity, "tensors": list(measured.plan)}  # a part is of use to the same plan alone
-    if done := measured.resume(states, folder / SWEEP_PART, own):
+    if done := measured.resume(folder / SWEEP_PART, own):
         warn(f"goes on measuring after {done} of {len(model.blocks)} blocks, kept in {folder}")
+    else:
+        measured.begin()
     for index in tqdm(range(done, len(model.blocks)), initial=done, unit="block", desc="measure", disable=None):
         with model.block(index):
-            measured.block(index, states)
-        part = {"sweep": asdict(measured.sweep), "blocks": index + 1, "states": measured.checksum}
-        _keep(folder / SWEEP_PART, identity=own, **part)
+            measured.block(index)
+        _keep(folder / SWEEP_PART, identity=own, blocks=index + 1, **measured.part())
+        gradients.remove(index)
         release_free_memory()
         budget.check_now(f"block {index}")
     _keep(folder / SWEEP, identity=identity, sweep=asdict(measured.sweep))
@@ -149,47 +139,63 @@ def _keep(path: Path, **members: Any) -> None:
 
 
 class _Sweep:
-    def __init__(self, model: BlockwiseModel, plan: dict[str, TensorPlan], recipe: Recipe) -> None:
-        self.model, self.plan = model, plan
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        plan: dict[str, TensorPlan],
+        recipe: Recipe,
+        states: HiddenStates,
+        gradients: Gradients,
+    ) -> None:
+        self.model, self.plan, self.states, self.gradients = model, plan, states, gradients
         self.specs, self.embeddings = candidates(recipe), embedding_candidates(recipe)
-        self.sweep, self.checksum = Sweep(), 0
+        self.sweep = Sweep()
+        self.checksums: dict[str, Any] = {}  # of what the next block reads
 
-    def resume(self, states: HiddenStates, path: Path, identity: Mapping[str, Any]) -> int:
+    def resume(self, path: Path, identity: Mapping[str, Any]) -> int:
         """The number of blocks that are measured already, and the next one's input where it should be."""
         done = 0
         with suppress(*TORN, ConfigError):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
                 if kept["blocks"] < len(self.model.blocks):
-                    states.check(kept["blocks"], kept["states"])
-                done, self.sweep, self.checksum = kept["blocks"], Sweep(**kept["sweep"]), kept["states"]
+                    self.states.check(kept["blocks"], kept["states"])
+                self.gradients.check(kept["gradients"], kept["blocks"])
+                done, self.sweep = kept["blocks"], Sweep(**kept["sweep"])
+                self.checksums = {name: kept[name] for name in ("states", "gradients")}
         if done:
             with self.model.materialised(self.model.outside_names(head=False)):
-                self.model.learn_calls(states.batches)
-        else:
-            self._outside(states)
+                self.model.learn_calls(self.states.batches)
         return done
 
-    def _outside(self, states: HiddenStates) -> None:
+    def part(self) -> dict[str, Any]:
+        """What `resume` goes on from."""
+        return {"sweep": asdict(self.sweep), **self.checksums}
+
+    def begin(self) -> None:
+        """Make the gradients and the first block's input, and measure what lies outside the blocks."""
+        self.checksums["gradients"] = self.gradients.write()
+        lookups, head = self.gradients.costs_of_lookups(), self.gradients.cost_of_head()
+        ends = self.model.skeleton.get_input_embeddings(), self.model.skeleton.get_output_embeddings()
         for tensor in self.plan.values():
             if not tensor.in_block:
                 with self.model.materialised([tensor.name]):
                     weight = find_tensor(self.model.skeleton, tensor.name)
-                    rows = weight[:: max(1, len(weight) // EMBEDDING_ROWS)]
-                    counts = torch.ones(len(rows), dtype=torch.float64)
-                    measured = {key: _measure(rows, counts, spec, None, None) for key, spec in self.embeddings.items()}
-                    self.sweep.errors[tensor.name] = measured
+                    at_end = [end is not None and end.weight is weight for end in ends]
+                    rows = lookups if at_end[0] else None, head if at_end[1] else None
+                    self.sweep.losses[tensor.name] = embedding_losses(weight, self.embeddings, *rows)
         with self.model.materialised(self.model.outside_names(head=False)):
-            self.checksum = states.write(0, map(self.model.embed, states.batches))
+            self.checksums["states"] = self.states.write(0, map(self.model.embed, self.states.batches))
 
-    def block(self, index: int, states: HiddenStates) -> None:
+    def block(self, index: int) -> None:
         """Measure a block that has its weights, and make the next one's input."""
-        stats, self.checksum = calibrate_and_advance(self.model, index, states)
+        costs = self.gradients.costs(index, self.states.read(index))
+        stats, self.checksums["states"] = calibrate_and_advance(self.model, index, self.states)
         names = self.model.tensor_names(f"{self.model.block_name(index)}.")
         for readers, shared in by_input([self.plan[n] for n in names if n in self.plan], stats):
-            self._layers(readers, shared)
+            self._layers(readers, shared, costs)
 
-    def _layers(self, readers: list[TensorPlan], stats: LayerStats | None) -> None:
+    def _layers(self, readers: list[TensorPlan], stats: LayerStats | None, costs: Mapping[str, Cost]) -> None:
         weights = [weight_of(self.model, tensor) for tensor in readers]
         factor: Factor | None = None
         if stats is not None:
@@ -197,61 +203,5 @@ class _Sweep:
         for tensor, weight in zip(readers, weights, strict=True):
             self.sweep.inputs[tensor.name] = readers[0].name
             with error_context(tensor.name):
-                rows, counts = _sample(weight, factor)
-                # A sample with the largest weights in it has another unit of what an outlier is than the layer.
-                unit = 1.0 if factor is None else outlier_unit(weight, factor) / outlier_unit(rows, factor)
-                measured = {
-                    key: _measure(rows, counts, _in_units(spec, unit), stats, factor)
-                    for key, spec in self.specs.items()
-                }
-                self.sweep.errors[tensor.name] = measured
-
-
-def _sample(weight: Tensor, factor: Factor | None) -> tuple[Tensor, Tensor]:
-    """Some rows of weight [out, in], and how many of all rows each of them [n] f64 stands for."""
-    n = len(weight)
-    chosen = torch.zeros(n, dtype=torch.bool)
-    chosen[:: max(1, n // SAMPLE_ROWS)] = True
-    hot = torch.zeros_like(chosen)
-    if factor is not None:
-        largest = factor.stored(weight).square().mul_(factor.cost).amax(1)  # what it costs to lose it
-        hot[largest.topk(min(HOT_ROWS, n)).indices] = True
-    others = chosen & ~hot
-    counts = others.double() * ((n - hot.sum()) / others.sum().clamp(min=1)) + hot
-    return weight[chosen | hot], counts[chosen | hot]
-
-
-def _in_units(spec: QuantSpec, unit: float) -> QuantSpec:
-    """The spec, its threshold for outliers given in another unit."""
-    if not spec.threshold or not math.isfinite(unit):
-        return spec
-    return replace(spec, outlier_threshold=spec.threshold * unit, outliers_pay=False)
-
-
-def _measure(
-    rows: Tensor, counts: Tensor, spec: QuantSpec, stats: LayerStats | None, factor: Factor | None
-) -> tuple[float, float]:
-    """(relative error, share of outliers) of rows [n, in], which stand for `counts` rows each, stored by `spec`.
-
-    The error is the larger one of two, of the output's energy and of the same with every input scaled to length 1.
-    Where the energy is that of a few tokens with massive activations, nothing else would count in the first, and a
-    width that is ruinous for all other tokens would look good; in the second those few would hardly count.
-    """
-    spec = replace(spec, memory=min(spec.memory, MEMORY))
-    if factor is None or stats is None or spec.method == "rtn":
-        solution = rtn_quantize(rows, spec, stats)
-    else:
-        solution = gptq_quantize(rows, factor, spec)
-    weighted = counts.sqrt().float()[:, None]
-    lost, whole = weighted * (rows - solution.decoded), weighted * rows
-    metrics = [None] if stats is None else [stats.hessian, stats.per_token]
-    error = max(relative_error(output_energy(lost, metric), output_energy(whole, metric)) for metric in metrics)
-    return error, _outlier_share(solution, counts)
-
-
-def _outlier_share(solution: Solution, counts: Tensor) -> float:
-    outliers = getattr(solution.layer, "outliers", None)
-    if outliers is None:
-        return 0.0
-    found = np.diff(outliers.row_ptr.astype(np.int64)) @ counts.numpy()
-    return float(found / (counts.numpy().sum() * solution.layer.shape[1]))
+                found = layer_losses(weight, self.specs, stats, factor, costs.get(tensor.layer))
+                self.sweep.losses[tensor.name] = found

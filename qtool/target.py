@@ -17,8 +17,6 @@ from qtool.sweep import Sweep, candidates, embedding_candidates, key_of
 LEAST_SHARE = 2e-5
 """Some rows spoke for all of a layer's outliers: this is set aside besides, for single ones; no others are kept."""
 MOST_OUTLIERS = 0.49
-EMBEDDING_WEIGHT = 8.0
-"""Layers that an embedding counts as: every block reads what it gives, and often it is the head as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +70,11 @@ def _options(
 ) -> list[tuple[dict[str, QuantSpec], int, float]]:
     """(spec of each tensor, bytes, loss) of every way to store a group."""
     specs = candidates(recipe) if group[0].in_block else embedding_candidates(recipe)
-    weight = 1.0 if group[0].in_block else EMBEDDING_WEIGHT
     made = []
     for key, spec in specs.items():
-        own = {tensor.name: _capped(spec, sweep.errors[tensor.name][key][1]) for tensor in group}
+        own = {tensor.name: _capped(spec, sweep.losses[tensor.name][key][1]) for tensor in group}
         n_bytes = sum(stored_bytes(planned_encoding(own[tensor.name], tensor.shape), tensor.shape) for tensor in group)
-        loss = weight * sum(sweep.errors[tensor.name][key][0] for tensor in group)
+        loss = sum(sweep.losses[tensor.name][key][0] for tensor in group)
         made.append((own, n_bytes, loss))
     return made
 
@@ -100,7 +97,7 @@ def with_outliers(tensor: TensorPlan) -> TensorPlan:
 def _given(plan: Sequence[TensorPlan], sweep: Sweep) -> dict[str, QuantSpec]:
     """The specs of layers whose bits the user gave, with a bound for their outliers."""
     given = {t.name: t.spec for t in plan if t.is_overridden and t.in_block and t.spec is not None}
-    return {name: _capped(spec, sweep.errors[name][key_of(spec)][1]) for name, spec in given.items()}
+    return {name: _capped(spec, sweep.losses[name][key_of(spec)][1]) for name, spec in given.items()}
 
 
 def _budget(plan: Sequence[TensorPlan], chosen: set[str], recipe: Recipe, other_bytes: int) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,11 @@ import qtool.sample
 import qtool.sweep
 from formats.header import serialise_header
 from formats.reader import QtmFile
+from qtool.commands import _format_bits
 from qtool.errors import QuantizeError
 from qtool.fit import planned_encoding
 from qtool.gptq import factorize
+from qtool.layer_loss import sample_rows
 from qtool.options import build_recipe
 from qtool.recipe import QuantSpec
 from qtool.runlog import RunReport
@@ -306,12 +309,32 @@ def test_embeddings_are_open_under_a_size_unless_they_are_given(targeted):
 def test_a_dry_run_shows_the_plan(targeted, output):
     text = run_qtool(*targeted, "--target-size", "60kB", "--dry-run").stdout
     estimate = dry_run(targeted, "--target-size", "60kB")
-    widths = [bits for name, bits in bits_of(estimate).items() if "q_proj" in name]
-    shown = ", ".join(f"{bits} bits ×{widths.count(bits)}" for bits in sorted(set(widths)))
+    queries = [row for row in estimate["layers"] if "q_proj" in row["name"]]
+    labels = Counter(f"{row['bits']} bits" for row in queries)
+    shown = ", ".join(f"{label} ×{n}" for label, n in sorted(labels.items()))
     assert re.search(rf"model\.layers\.\*\.self_attn\.q_proj\.weight +{shown}$", text, re.MULTILINE)
-    assert estimate["allocation_gap"] == 0
+    assert f"predicted loss   {estimate['predicted_kl']:.4g} nats of KL divergence a token\n" in text
+    assert estimate["allocation_gap"] == 0 and "outliers" not in text
     assert estimate["file_bytes"] == pytest.approx(60_000, rel=0.1)
     assert not output.exists()
+
+
+def test_a_plan_tells_groups_and_outliers_where_layers_differ():
+    rows = [
+        {"name": f"model.layers.{i}.up_proj.weight", "bits": 4, "group_size": group, "outliers": outliers}
+        for i, (group, outliers) in enumerate([(64, False), (32, True), (64, False)])
+    ]
+    assert _format_bits(rows) == ["  model.layers.*.up_proj.weight  4 bits g32 and outliers ×1, 4 bits g64 ×2"]
+    assert _format_bits(rows[::2]) == ["  model.layers.*.up_proj.weight  4 bits ×2"]
+
+
+def test_the_loss_that_is_predicted_is_that_of_the_file(tiny_files, targeted, output):
+    """To second order: at many bits it is what `qtool eval` finds on the same text."""
+    predicted = dry_run(targeted, "--target-bits", "6", "--embeddings", "16")["predicted_kl"]
+    assert run_qtool(*targeted, "--target-bits", "6", "--embeddings", "16").exit_code == 0
+    base = ("--baseline", tiny_files.model("llama"), "--data", tiny_files.text, "--seq-len", 64)
+    found = qtool_json("eval", "kl", output, *base)
+    assert 0.3 < found["kl_mean"] / predicted < 3
 
 
 def test_the_run_after_a_dry_run_measures_nothing(monkeypatch, fresh, output):
@@ -391,9 +414,9 @@ def test_the_row_of_a_weight_far_from_all_others_is_measured():
     weight[1013, 5] = 40.0
     for spec in (QuantSpec(), QuantSpec(input_scales=False)):
         kept = weight.clone()
-        rows, counts = qtool.sweep._sample(weight, factorize(stats, [weight], spec, "layer"))
-        assert len(rows) <= 132 and counts.sum() == pytest.approx(1500)
-        assert counts[(rows == 40.0).any(1)].tolist() == [1.0]  # it stands for itself alone
+        chosen, counts = sample_rows(weight, factorize(stats, [weight], spec, "layer"))
+        assert len(chosen) <= 132 and counts.sum() == pytest.approx(1500)
+        assert counts[chosen == 1013].tolist() == [1.0]  # it stands for itself alone
         assert torch.equal(weight, kept)
 
 
@@ -441,13 +464,14 @@ def test_interrupted_while_it_measures_it_goes_on_behind_the_last_block(monkeypa
     assert os.listdir(work) == ["sweep.json"]
 
 
-@pytest.mark.parametrize("damaged", [None, "sweep.1", "sweep.part.json"])
+@pytest.mark.parametrize("damaged", [None, "sweep.1", "sweep.part.json", "gradient.3"])
 def test_killed_while_it_measures_the_same_command_gives_the_same_bytes(monkeypatch, fresh, output, in_one_go, damaged):
     command, work = [*fresh, "--target-size", "60kB"], output.with_name(f"{output.name}.work")
     with monkeypatch.context() as patched:
         stop_measuring(patched, lambda: os._exit(9))
         assert in_a_child(lambda: run_qtool(*command)) == 9
-    assert set(os.listdir(work)) == {"sweep.0", "sweep.1", "sweep.part.json"}
+    left = {"sweep.0", "sweep.1", "sweep.part.json", "gradient.2", "gradient.3"}
+    assert set(os.listdir(work)) == left
     if damaged:
         with open(work / damaged, "r+b") as file:
             file.write(b"damaged.")
