@@ -48,7 +48,7 @@ _method_options = _options(
     ),
     click.option("--sym/--asym", "symmetric", default=False, help="int: zero fixed in the middle.  [default: asym]"),
     click.option("--stat-bits", type=int, help="Bits of scales and zeros, rounded in sets.  [default: fp16; spqr: 3]"),
-    click.option("--stat-rows", type=int, default=16, show_default=True, help="Rows that make such a set."),
+    click.option("--stat-rows", type=int, help="Rows that make such a set.  [default: 16]"),
     click.option("--double-quant", is_flag=True, help="Scales of nf4, fp4 and fitted in 8 bits, as QLoRA has them."),
     click.option("--outliers", metavar="SHARE", help="Weights kept in 16 bits, as 0.5%.  [default: none]"),
     click.option(
@@ -60,10 +60,10 @@ _method_options = _options(
         help="int8: an input that reaches it keeps its weights in 16 bits.  [default: 6]",
     ),
     click.option("--outlier-features", type=int, help="int8: that many of the largest inputs instead."),
-    click.option("--act-order/--no-act-order", default=True, help="Most active inputs first.  [default: act-order]"),
-    click.option("--percdamp", "--damp", type=float, default=0.01, show_default=True, help="Damping of the Hessian."),
-    click.option("--scale-search/--no-scale-search", default=True, help="Search each group's range.  [default: on]"),
-    click.option("--input-scales/--no-input-scales", default=True, help="A factor for each input.  [default: on]"),
+    click.option("--act-order/--no-act-order", default=None, help="Most active inputs first.  [default: act-order]"),
+    click.option("--percdamp", "--damp", type=float, help="Damping of the Hessian.  [default: 0.01]"),
+    click.option("--scale-search/--no-scale-search", default=None, help="Search each group's range.  [default: on]"),
+    click.option("--input-scales/--no-input-scales", default=None, help="A factor for each input.  [default: on]"),
     click.option(
         "--embeddings", type=int,
         help="Bits of embeddings and head; 16: as is.  [default: 8; left to --target-size where that is given]",

@@ -86,7 +86,7 @@ def _linears(
     if number_format == "trellis" and method == "gptq" and outliers is None and "outlier_threshold" not in chosen:
         chosen["outliers_pay"] = True  # a path has no level for a weight far from all others
     if effort == "fast":
-        chosen["scale_search"] = False
+        chosen.setdefault("scale_search", False)
     chosen.setdefault("group_size", GROUP_SIZES.get(number_format, 128))
     return QuantSpec(method=method, format=number_format, **chosen)  # type: ignore[arg-type]
 
@@ -97,16 +97,32 @@ def _refuse_idle(method: str, number_format: str | None, chosen: dict[str, Any])
         asked = {"format": number_format} | chosen
         for name, own in INT8.items():
             if (value := asked.get(name)) not in (None, own):
-                option = _option(name) + ("" if value is True else f" {value}")
-                raise ConfigError(f"{option}: --method int8 has 8 bits in rows; leave it out")
+                raise ConfigError(f"{_given(name, value)}: --method int8 has 8 bits in rows; leave it out")
     else:
         for name in ("outlier_features", "activation_threshold"):
             if name in chosen:
                 raise ConfigError(f"{_option(name)} {chosen[name]}: is for --method int8; give it, or leave this out")
+    if method in ("int8", "rtn"):
+        for name in ("act_order", "percdamp", "scale_search", "input_scales"):
+            if name in chosen:
+                raise ConfigError(
+                    f"{_given(name, chosen[name])}: is the solver's, --method {method} has none; leave it out"
+                )
+    if "stat_rows" in chosen and method != "spqr" and not chosen.get("stat_bits"):
+        raise ConfigError(
+            f"--stat-rows {chosen['stat_rows']}: are for statistics that are rounded; give --stat-bits too"
+        )
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _given(name: str, value: Any) -> str:
+    """An option as it was written."""
+    if isinstance(value, bool):
+        return _option(name if value else f"no_{name}")
+    return f"{_option(name)} {value}"
 
 
 def parse_share(text: str) -> float:

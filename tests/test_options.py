@@ -108,6 +108,10 @@ def test_effort_fast_searches_no_ranges():
     assert linears(effort="fast", number_format="trellis") == dataclasses.replace(TRELLIS, scale_search=False)
 
 
+def test_a_search_that_is_asked_for_is_made_even_in_haste():
+    assert linears(effort="fast", scale_search=True).scale_search
+
+
 def test_effort_best_is_the_trellis_with_its_largest_memory():
     assert linears(effort="best") == dataclasses.replace(TRELLIS, memory=9)
     assert linears(effort="best", number_format="trellis").memory == 9
@@ -125,7 +129,7 @@ def test_a_target_brings_the_trellis_and_may_choose_the_embeddings():
 
 
 def test_rounding_to_nearest_claims_no_solver():
-    spec = linears(method="rtn", act_order=True, scale_search=True, input_scales=True)
+    spec = linears(method="rtn")
     assert not (spec.act_order or spec.scale_search or spec.input_scales or spec.is_calibrated)
     assert recipe(method="rtn").n_windows == 0
     assert recipe(method="rtn", target_bits=4).n_windows == 128  # their losses have to be measured
@@ -187,7 +191,17 @@ def test_the_output_is_named_for_the_model_and_its_bits(tmp_path):
         ({"percdamp": 10.0}, "percdamp=10.0: must be above 0 and below 10"),
         ({"stat_bits": 1}, "stat_bits=1: must be 2 to 8, or 0 for fp16"),
         ({"stat_bits": 9}, "stat_bits=9: must be 2 to 8, or 0 for fp16"),
-        ({"stat_rows": 0}, "stat_rows=0: must be at least 1"),
+        ({"stat_bits": 3, "stat_rows": 0}, "stat_rows=0: must be at least 1"),
+        ({"stat_rows": 8}, "--stat-rows 8: are for statistics that are rounded; give --stat-bits too"),
+        (
+            {"method": "rtn", "act_order": False},
+            "--no-act-order: is the solver's, --method rtn has none; leave it out",
+        ),
+        ({"method": "rtn", "percdamp": 0.1}, "--percdamp 0.1: is the solver's, --method rtn has none; leave it out"),
+        (
+            {"method": "int8", "input_scales": True},
+            "--input-scales: is the solver's, --method int8 has none; leave it out",
+        ),
         (
             {"double_quant": True},
             "double_quant: is for nf4, fp4 and fitted, not for int; --stat-bits 3 is for it",

@@ -9,13 +9,12 @@ import sys
 import time
 
 import pytest
-from interrupted import interrupt, refusal_of_resumed
+from interrupted import die_at, interrupt, refusal_of_resumed
 from invoke import environment, refusal, run_qtool
 
 import formats.writer
 import qtool.commands
 import qtool.pipeline
-from qtool.states import HiddenStates
 
 N_BLOCKS = 3
 
@@ -27,37 +26,6 @@ def own_sample(tiny_files, command):
 
 
 # ---- killed at any moment
-
-
-def die_at(n, command):
-    """Run in a child that dies, as by kill -9, before its nth act that changes what is on the disk; whether it did."""
-    child = os.fork()
-    if child == 0:
-        try:
-            _die_before_act(n)
-            run_qtool(*command)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
-def _die_before_act(n):
-    acts = []
-
-    def counted(act):
-        def counting(*args, **kwargs):
-            acts.append(act)
-            if len(acts) == n:
-                os._exit(9)
-            return act(*args, **kwargs)
-
-        return counting
-
-    for name in ("fsync", "replace", "link", "unlink", "truncate", "mkdir", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    Writer = formats.writer.Writer
-    Writer._append = counted(Writer._append)  # half a file, and half a line
-    HiddenStates._path = counted(HiddenStates._path)
 
 
 def test_killed_before_any_act_the_same_command_gives_the_same_bytes(command, output, whole):

@@ -8,14 +8,16 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import chain, repeat
 
 import pytest
 import torch
 from correlated import make_layer
-from interrupted import interrupt
+from interrupted import die_at, interrupt
 from invoke import qtool_json, refusal, run_qtool
 from preparing import planned_bytes, prepared
 
+import qtool.budget
 import qtool.job
 import qtool.pipeline
 import qtool.sample
@@ -483,6 +485,27 @@ def test_killed_while_it_measures_the_same_command_gives_the_same_bytes(monkeypa
     assert os.listdir(work) == ["sweep.json"]
 
 
+@pytest.mark.parametrize("first", [1, 7])
+def test_killed_before_any_act_of_measuring_the_same_command_gives_the_same_bytes(fresh, output, in_one_go, first):
+    """Every thirteenth act from these on: each costs two passes over the model."""
+    command, want = [*fresh, "--target-size", "60kB"], in_one_go("--target-size", "60kB")
+    n, work = first, output.with_name(f"{output.name}.work")
+    while not (work / "sweep.json").exists():  # not killed before all was measured
+        assert die_at(n, command)
+        if (work / "sweep.json").exists():
+            break
+        assert not output.exists()
+        result = run_qtool(*command)
+        assert result.exit_code == 0, (n, result.output)
+        assert output.read_bytes() == want, n
+        assert os.listdir(work) == ["sweep.json"]
+        output.unlink()
+        (work / "sweep.json").unlink()
+        work.rmdir()
+        n += 13
+    assert n > 40  # the acts were really counted
+
+
 @pytest.mark.parametrize(("first", "second"), [(("--ignore", "up_proj"), ()), ((), ("--restart",))])
 def test_a_part_of_a_measurement_that_does_not_fit_is_made_again(monkeypatch, fresh, output, first, second):
     command = [*fresh, "--target-size", "80kB"]
@@ -516,6 +539,24 @@ def test_what_cannot_be_measured_leaves_nothing(monkeypatch, fresh, output):
     stop_measuring(monkeypatch, stop)
     assert refusal(*fresh, "--target-size", "60kB") == "a layer that cannot be solved"
     assert os.listdir(output.parent) == []
+
+
+def test_too_little_space_for_measuring_is_said_before_it(monkeypatch, fresh, output):
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(qtool.budget.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    forbid_measuring(monkeypatch)
+    message = refusal(*fresh, "--target-size", "60kB")
+    assert message.startswith(f"{output}.work: the run needs ") and "1.0 kB are free; make room" in message
+    assert os.listdir(output.parent) == []
+
+
+def test_memory_is_watched_while_it_measures(monkeypatch, fresh, output):
+    stop_measuring(monkeypatch, lambda: None)
+    taken = chain([0], repeat(10**12))  # after the text, and after the first block
+    monkeypatch.setattr(qtool.budget, "peak_rss_bytes", lambda: next(taken))
+    message = refusal(*fresh, "--target-size", "60kB", "--max-memory", "10GB")
+    assert message.startswith("--max-memory 10.0 GB: this run needs at least 1150.0 GB: block 0 takes that much")
+    assert "what was measured is kept in" in message
 
 
 def test_a_second_target_takes_what_a_run_beside_it_measured(fresh, output, tmp_path):
