@@ -555,7 +555,7 @@ def test_memory_is_watched_while_it_measures(monkeypatch, fresh, output):
     taken = chain([0], repeat(10**12))  # after the text, and after the first block
     monkeypatch.setattr(qtool.budget, "peak_rss_bytes", lambda: next(taken))
     message = refusal(*fresh, "--target-size", "60kB", "--max-memory", "10GB")
-    assert message.startswith("--max-memory 10.0 GB: this run needs at least 1150.0 GB: block 0 takes that much")
+    assert message.startswith("--max-memory 10.0 GB: this run needs at least 1.1 TB: block 0 takes that much")
     assert "what was measured is kept in" in message
 
 
