@@ -30,7 +30,7 @@ from qtool.numerics import exact_float32, quiet_transformers
 from qtool.options import build_recipe
 from qtool.sample import draw_sample
 
-SEQ_LEN, SAMPLES, SCORED = 1024, 16, 8
+SEQ_LEN, SAMPLES, SCORED = 1024, 8, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokeniz
 SLACK = 1.15  # what the allocator holds free between tensors
 SOLVER_COPIES = 11  # of a stripe of weights as float32: scaled, free, codes, errors, decoded, the grid's temporaries
 GRADIENT_COPIES = 4  # of what a forward pass makes: kept for the way back, and the gradients there
+LOGITS_COPIES = 9  # of the logits, where tokens are drawn from them and their likelihood is run back
 HEADER_ROOM_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
 
 
@@ -58,7 +59,7 @@ def plan_budget(
         if n_windows and samples_itself:
             peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
-            measuring = measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
+            measuring = _measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
             return Budget(windows, peak, states_bytes, measuring if recipe.target else 0, max_memory_bytes)
         if windows == 1 or not n_windows:
             raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")
@@ -69,10 +70,11 @@ def _too_little(limit: int, needed: float, why: str) -> ConfigError:
     return ConfigError(f"--max-memory {format_bytes(limit)}: this run needs at least {format_bytes(needed)}: {why}")
 
 
-def measuring_bytes(states_bytes: int, n_windows: int, seq_len: int, windows_per_batch: int, n_blocks: int) -> int:
-    """Of the hidden states on disk while losses are measured, or of those of every block while gradients are."""
+def _measuring_bytes(states_bytes: int, n_windows: int, seq_len: int, windows_per_batch: int, n_blocks: int) -> int:
+    """Of the gradients between all blocks, and beside them the hidden states of that pass, or those of the next one."""
     backward = min(n_windows, windows_backward(seq_len, windows_per_batch))
-    return states_bytes * max(2 * n_windows, backward * (n_blocks + 3)) // max(n_windows, 1)
+    windows = backward * (n_blocks + 1) + max(2 * n_windows, 2 * backward)
+    return states_bytes * windows // max(n_windows, 1)
 
 
 def _peak_rss_bytes(
@@ -84,7 +86,8 @@ def _peak_rss_bytes(
     looked_up = sum(4 * t.n_parameters for t in plan if t.name in names)
     moments = [largest, TOKENIZER_BYTES * bool(n_tokens)]
     if measures:  # the head's way back
-        moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + GRADIENT_COPIES * 4 * LOGITS_AT_A_TIME)
+        logits = min(LOGITS_AT_A_TIME, n_tokens * model.vocab_size)
+        moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + LOGITS_COPIES * 4 * logits)
     for tensors in blocks_of(model, plan):
         weights = 4 * sum(t.n_parameters for t in tensors)
         # As float32 and as stored; fused experts are put together from their parts, which doubles them.
@@ -92,8 +95,11 @@ def _peak_rss_bytes(
         running = _forward_bytes(model, tensors, n_tokens, seq_len)
         hessians = _hessians(tensors)
         if measures:
-            moments.append(weights + GRADIENT_COPIES * running)
-            hessians += sum(4 * t.shape[1] ** 2 for t in tensors if t.spec is not None)  # another one of each layer
+            solved = [t for t in tensors if t.spec is not None]
+            costs = sum(4 * t.shape[1] ** 2 for t in solved)
+            product = max((4 * (t.shape[1] ** 2 + t.n_parameters) for t in solved), default=0)
+            moments.append(weights + GRADIENT_COPIES * running + costs + product)
+            hessians += costs
         moments += [loading + looked_up * bool(n_tokens), weights + running + hessians]
         for tensor in tensors:
             if tensor.spec is not None:
@@ -151,7 +157,7 @@ def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:
 
 
 def check_disk_for_states(journal: Journal, budget: Budget) -> None:
-    """The same before a target is measured, when the file's size is not known yet."""
+    """Refuse to measure for a target when the work folder has not the space for what that takes."""
     used = sum(path.stat().st_size for path in journal.folder.iterdir())
     _require(journal.folder, max(budget.measuring_bytes - used, 0))
 

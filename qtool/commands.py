@@ -125,34 +125,36 @@ def format_estimate(estimate: dict[str, Any]) -> str:
 
 def _uncounted(estimate: dict[str, Any]) -> str:
     """What the figure leaves open."""
-    if estimate["outliers_by_threshold"]:
-        return " (outliers by a threshold come on top)"
-    gap = estimate["allocation_gap"]
-    return f" (its loss at most {gap:.2%} above the least)" if gap else ""
+    return " (outliers by a threshold come on top)" if estimate["outliers_by_threshold"] else ""
 
 
 def _format_loss(estimate: dict[str, Any]) -> list[str]:
-    """What a target's layers cost; to second order, so that below 3 bits it is a measure and no forecast."""
-    loss = estimate["predicted_kl"]
-    return [] if loss is None else [f"predicted loss   {loss:.4g} nats of KL divergence a token"]
+    """What a target's layers cost."""
+    loss, gap = estimate["predicted_kl"], estimate["allocation_gap"]
+    if loss is None:
+        return []
+    least = f", at most {gap:.2%} above the least" if gap else ""
+    return [f"predicted loss   {loss:.4g} nats of KL divergence a token, to second order{least}"]
 
 
 def _format_bits(layers: list[dict[str, Any]]) -> list[str]:
     """How many layers of each kind are stored how."""
-    is_told = {key: len({row[key] for row in layers}) > 1 for key in ("group_size", "outliers")}
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in layers:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), []).append(row)
+    width = max(map(len, kinds), default=0)
+    return [f"  {kind:{width}}  {', '.join(_labels(rows))}" for kind, rows in kinds.items()]
+
+
+def _labels(rows: list[dict[str, Any]]) -> list[str]:
+    """`4 bits ×3` for layers of one kind; groups and outliers are told where the layers differ in them."""
+    differ = {key: len({row[key] for row in rows}) > 1 for key in ("group_size", "outliers")}
 
     def label(row: dict[str, Any]) -> str:
-        group = f" g{row['group_size']}" if is_told["group_size"] and row["group_size"] > 0 else ""
-        return f"{row['bits']} bits{group}" + " and outliers" * (is_told["outliers"] and row["outliers"])
+        group = f" g{row['group_size']}" if differ["group_size"] else ""
+        return f"{row['bits']} bits{group}" + " and outliers" * (differ["outliers"] and row["outliers"])
 
-    kinds: dict[str, Counter[str]] = {}
-    for row in layers:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), Counter())[label(row)] += 1
-    width = max(map(len, kinds), default=0)
-    return [
-        f"  {kind:{width}}  " + ", ".join(f"{label} ×{n}" for label, n in sorted(counts.items()))
-        for kind, counts in kinds.items()
-    ]
+    return [f"{label} ×{n}" for label, n in sorted(Counter(map(label, rows)).items())]
 
 
 def run_perplexity(model: str, *, baseline: str | None, data: str, text_field: str, **protocol: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def estimate_run(job: Job) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
         "quantized_share": quantized / parameters,
         "peak_rss_bytes": budget.peak_rss_bytes,
-        "work_bytes": max(2 * budget.states_bytes, budget.measuring_bytes),
+        "work_bytes": 2 * budget.states_bytes,  # a target is measured by now
         "seconds": _seconds(model, plan, recipe),
         "layers": [
             {
@@ -50,8 +50,8 @@ def estimate_run(job: Job) -> dict[str, Any]:
             for t in plan
             if t.spec
         ],
-        "predicted_kl": job.allocation and job.allocation.loss,
-        "allocation_gap": job.allocation.gap if job.allocation else 0.0,
+        "predicted_kl": job.spread and job.spread.loss,
+        "allocation_gap": job.spread.allocation.gap if job.spread else 0.0,
         "outliers_by_threshold": any(t.spec and t.spec.threshold and not t.spec.outliers for t in plan),
         "left_dense": [{"name": t.name, "reason": t.reason} for t in plan if t.spec is None],
     }

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calibration.windows import TokenWindows
-from qtool.allocate import Allocation
 from qtool.budget import Budget, check_disk_for_states, plan_budget
 from qtool.checkpoint import Checkpoint
 from qtool.journal import SPREAD_BITS, Journal
@@ -21,7 +20,7 @@ from qtool.provenance import embedded_files, header_bytes, run_identity, source_
 from qtool.recipe import Recipe, RunOptions
 from qtool.sample import draw_sample
 from qtool.sweep import find_sweep, key_of, measure_sweep, sweep_identity
-from qtool.target import spread_bits, with_outliers
+from qtool.target import Spread, spread_bits, with_outliers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Job:
     files: dict[str, bytes]
     read_sources: Callable[[], list[dict[str, Any]]]  # cached: all weights are read, so only when it is needed
     windows: TokenWindows | None = None  # where a target had to look at them already
-    allocation: Allocation | None = None  # what the spread of a target's bits comes to
+    spread: Spread | None = None  # a target's bits
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -74,7 +73,7 @@ def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: C
 
 
 def meet_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[[str], None]) -> Job:
-    """The job with bits spread over the layers, after a pass over the model, which the journal's folder keeps."""
+    """The job with bits spread over the layers by what each costs, which is measured unless the folder has it."""
     windows = draw_windows(job, journal, warn)
     assert windows is not None
     job.budget.check_now("the calibration text")
@@ -86,12 +85,12 @@ def meet_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[
         check_disk_for_states(journal, job.budget)
         with journal.giving_up():
             sweep = measure_sweep(job.model, job.plan, job.recipe, windows, job.budget, journal.folder, identity, warn)
-        journal.clear_measuring()  # the states are large
+    journal.clear_measuring()  # the states are large
     header = header_bytes(job.model, map(with_outliers, job.plan), job.recipe, windows, job.sources, job.files)
     other_bytes = header + sum(map(len, job.files.values()))
     spread = spread_bits(job.plan, sweep, job.recipe, other_bytes)
     plan = plan_tensors(job.model, job.recipe, spread.specs)
-    return replace(job, plan=plan, windows=windows, allocation=spread.allocation)
+    return replace(job, plan=plan, windows=windows, spread=spread)
 
 
 def draw_windows(job: Job, journal: Journal, warn: Callable[[str], None]) -> TokenWindows | None:

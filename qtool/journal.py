@@ -38,7 +38,9 @@ MANIFEST, LINES, SECTIONS = "manifest.json", "journal.jsonl", "sections"
 SWEEP, SWEEP_PART, SWEEP_STATES = "sweep.json", "sweep.part.json", ("sweep.0", "sweep.1")
 FORWARD, GRADIENT = "forward.", "gradient."
 _FILES = (*STATES_FILES, SECTIONS, LINES, f"{MANIFEST}.new", MANIFEST)  # in the order in which they are removed
-_MEASURING = (f"{SWEEP_PART}*", f"{SWEEP}.new", *SWEEP_STATES, f"{FORWARD}*", f"{GRADIENT}*")
+_MEASURING = (
+    SWEEP_PART, f"{SWEEP_PART}.new", f"{SWEEP}.new", *SWEEP_STATES, f"{FORWARD}[0-9]*", f"{GRADIENT}[0-9]*"
+)  # fmt: skip
 SPREAD_BITS = "bits"  # in a run's identity: what a target gave every layer
 _SAMPLES = "self.*.npy*"
 _OWN_ERRORS = (CheckpointError, QuantizeError, CalibrationError, FormatError)
@@ -80,7 +82,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._locks:
-            if error is None or self._hopeless:
+            if error is None or self._hopeless or not (self.folder / SWEEP_PART).exists():
                 self.clear_measuring()
             if self._hopeless and self._manifest() is None:  # not even a sample is of use
                 self._clear()

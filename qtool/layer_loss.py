@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from qtool.gptq import (
-    Factor,
-    Solution,
-    gptq_quantize,
-    outlier_unit,
-    output_energy,
-    relative_error,
-    rtn_quantize,
-)
+from qtool.gptq import Factor, Solution, gptq_quantize, outlier_unit, output_energy, relative_error, rtn_quantize
 from qtool.recipe import QuantSpec
-from qtool.sensitivity import Cost
+from qtool.sensitivity import TOKENS, Cost
 
 SAMPLE_ROWS, HOT_ROWS = 96, 32
 """Rows of a layer that are solved at each width; rows do not touch each other, so some speak for all. But one weight
@@ -36,7 +28,7 @@ def layer_losses(
 ) -> dict[str, tuple[float, float]]:
     """(KL divergence in nats a token, share of outliers) of weight [out, in] stored by each spec.
 
-    Without a cost, for a layer that no token reached: its relative error, as if it cost 1 nat to lose it.
+    Without a cost, for a layer that no token reached: its relative error, as if losing it cost 1 nat at one token.
     """
     chosen, counts = sample_rows(weight, factor)
     rows = weight[chosen]
@@ -76,7 +68,7 @@ def _loss_of_rows(cost: Cost | None, rows: Tensor, chosen: Tensor, counts: Tenso
     if cost is None:
         share = counts.sqrt().float()[:, None]
         whole = output_energy(share * rows, None)
-        return lambda lost: relative_error(output_energy(share * lost, None), whole)
+        return lambda lost: relative_error(output_energy(share * lost, None), whole) / TOKENS
     outputs = counts * cost.outputs[chosen]
     outputs = outputs / outputs.sum().clamp(min=1e-30)  # whose sum is known to be 1 for all rows together
     return lambda lost: cost.of(lost, outputs)

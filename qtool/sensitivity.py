@@ -22,14 +22,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from formats.skeleton import one_line
+from qtool.errors import QuantizeError
 from qtool.gptq import output_energy
 from qtool.journal import FORWARD, GRADIENT
 from qtool.model import BlockwiseModel
+from qtool.numerics import release_free_memory
 from qtool.states import HiddenStates
 
-TOKENS = 4096
-"""Tokens that are run backward: enough, since every entry of a weight's gradient speaks for the factors."""
+TOKENS, LEAST_BATCHES = 4096, 4
+"""Tokens that are run backward, at least in so many batches: each gives one gradient of every weight."""
 LOGITS_AT_A_TIME = 1 << 24
+"""Entries of logits that are run backward together; also bounds their memory."""
 SEED = 0
 """Of the tokens that the model draws."""
 
@@ -42,13 +46,13 @@ class Cost:
     outputs: Tensor  # [out] f32: the share of each output, 1 in all
 
     def of(self, lost: Tensor, outputs: Tensor) -> float:
-        """Of losing `lost` [n, in] from n rows whose shares are `outputs` [n]."""
+        """Nats for each token of the text, when n rows whose shares are `outputs` [n] lose `lost` [n, in] f32."""
         return max(output_energy(outputs.float().sqrt()[:, None] * lost, self.inputs), 0.0)
 
 
 def windows_backward(seq_len: int, windows_per_batch: int) -> int:
     """Windows that are run backward: whole batches of them."""
-    return max(1, TOKENS // (seq_len * windows_per_batch)) * windows_per_batch
+    return max(LEAST_BATCHES, TOKENS // (seq_len * windows_per_batch)) * windows_per_batch
 
 
 class Gradients:
@@ -60,22 +64,30 @@ class Gradients:
         self._model, self._n_tokens = model, ids.numel()
         self._states = HiddenStates(folder, ids, windows_per_batch, [f"{FORWARD}{i}" for i in steps])
         self._gradients = HiddenStates(folder, ids, windows_per_batch, [f"{GRADIENT}{i}" for i in steps])
-        self._head = _HeadCost(ids.numel())
+        self._head = _CostSum(ids.numel())
         self._generator = torch.Generator().manual_seed(SEED)
 
     def write(self) -> list[int]:
-        """Make the gradients at every block's input, and at the last one's output.  -> their checksums"""
+        """Make the gradients [batch, seq, hidden] f32 at every block's input, and at the last one's output.
+
+        -> their checksums
+        """
         n_blocks = len(self._model.blocks)
+        for step in range(n_blocks + 1):  # what a run left that was stopped here
+            self._states.remove(step)
+            self._gradients.remove(step)
         checksums = [0] * (n_blocks + 1)
         with tqdm(total=2 * n_blocks, unit="block", desc="gradients", disable=None) as bar:
             self._forward(bar)
             with self._model.outside(head=True):
                 checksums[n_blocks] = self._gradients.write(n_blocks, map(self._at_the_head, self._inputs(n_blocks)))
+            release_free_memory()
             for index in reversed(range(n_blocks)):
                 with self._model.block(index):
-                    inputs = self._inputs(index)
-                    checksums[index] = self._gradients.write(index, (g for g, _ in self._back(index, inputs, {})))
+                    gradients = (g for g, _ in self._back(index, self._states.read(index)))
+                    checksums[index] = self._gradients.write(index, gradients)
                 self._states.remove(index + 1)
+                release_free_memory()
                 bar.update()
         self._states.remove(0)
         return checksums
@@ -90,17 +102,19 @@ class Gradients:
             self._gradients.check(index, checksums[index])
 
     def costs(self, index: int, inputs: Iterable[Tensor]) -> dict[str, Cost]:
-        """By the name of the linear, of block `index`, which has its weights, for its first inputs or all of them."""
-        linears = self._model.linears(index)
-        sums = {name: _CostSum(self._n_tokens) for name in linears}
-        for _, calls in self._back(index, inputs, linears):
-            for name, x, g in calls:
-                sums[name].add(x, g)
-        return {name: total.result() for name, total in sums.items() if total.is_reached}
+        """The costs of the linears that tokens reach, by name, in block `index`, which has its weights.
 
-    def cost_of_head(self) -> Cost:
-        """Of the output head, token by token: known once `write` is done."""
-        return self._head.result()
+        inputs: the block's, batch after batch; of all windows or of those that were run backward.
+        """
+        sums: dict[str, _CostSum] = {}
+        for _, calls in self._back(index, inputs):
+            for name, x, g in calls:
+                sums.setdefault(name, _CostSum(self._n_tokens)).add_batch(x, g)
+        return {name: total.result() for name, total in sums.items()}
+
+    def cost_of_head(self) -> Cost | None:
+        """Of the output head, if the model calls one: known once `write` is done."""
+        return self._head.result() if self._head.is_reached else None
 
     def costs_of_lookups(self) -> Tensor:
         """[vocab] f32: what an error of length 1 in a row of the token embedding costs, in nats for each token."""
@@ -108,13 +122,14 @@ class Gradients:
         total = torch.zeros(self._model.vocab_size)
         with self._model.outside(head=False):
             for ids, gradient in zip(self._gradients.batches, self._gradients.read(0), strict=True):
-                with torch.enable_grad(), _started(embedding) as rows:
+                with torch.enable_grad(), _started(embedding) as started:
                     states = self._model.embed(ids)
-                    (found,) = torch.autograd.grad(states, rows, gradient)
-                for tokens, g in zip(ids, found.float(), strict=True):
-                    unique, inverse = tokens.unique(return_inverse=True)
-                    summed = g.new_zeros(len(unique), g.shape[1]).index_add_(0, inverse, g)
-                    total[unique] += summed.square().sum(1) / g.shape[1]
+                    [(rows, factor)] = started
+                    (found,) = torch.autograd.grad(states, [rows], gradient)
+                unique, inverse = ids.flatten().unique(return_inverse=True)
+                flat = factor * found.float().flatten(0, -2)
+                summed = flat.new_zeros(len(unique), flat.shape[1]).index_add_(0, inverse, flat)
+                total[unique] += summed.square().sum(1) / flat.shape[1]
         self._gradients.remove(0)
         return total.mul_(0.5 / self._n_tokens)
 
@@ -129,18 +144,18 @@ class Gradients:
     def _inputs(self, index: int) -> Iterator[Tensor]:
         return map(_without_overflow, self._states.read(index))
 
-    def _back(
-        self, index: int, inputs: Iterable[Tensor], linears: dict[str, nn.Module]
-    ) -> Iterator[tuple[Tensor, list[tuple[str, Tensor, Tensor]]]]:
+    def _back(self, index: int, inputs: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[tuple[str, Tensor, Tensor]]]]:
         """For every batch the gradient at the block's input, and (name, input, gradient at the output) of linears."""
+        linears = self._model.linears(index)
         for gradient, x in zip(self._gradients.read(index + 1), inputs, strict=False):
             x = _without_overflow(x).requires_grad_()
-            with torch.enable_grad(), _calls(linears) as calls:
+            with torch.enable_grad(), _refused(self._model.block_name(index)), _calls(linears) as calls:
                 output = self._model.run(index, x.clone())
+                calls = [call for call in calls if call[2].requires_grad]  # others do not depend on the block's input
                 wanted = [x, *(y for _, _, y in calls)]
                 found = torch.autograd.grad(output, wanted, gradient, allow_unused=True, materialize_grads=True)
             seen = [(name, given.detach(), g) for (name, given, _), g in zip(calls, found[1:], strict=True)]
-            yield found[0].nan_to_num_(0.0, 0.0, 0.0), seen
+            yield _finite(found[0]), seen
 
     def _at_the_head(self, states: Tensor) -> Tensor:
         """The gradient of the drawn tokens' log-likelihood at the last block's output [batch, seq, hidden]."""
@@ -151,14 +166,14 @@ class Gradients:
     def _at_logits(self, rows: Tensor) -> Tensor:
         head: Any = self._model.skeleton.get_output_embeddings()
         rows = rows.clone().requires_grad_()
-        with torch.enable_grad(), _calls({"": head}) as calls:
+        with torch.enable_grad(), _refused("the output head"), _calls({} if head is None else {"": head}) as calls:
             logits = self._model.logits(rows)[:, 0]
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=self._generator)[:, 0]
+            drawn = torch.multinomial(logits.detach().nan_to_num(0.0).softmax(-1), 1, generator=self._generator)[:, 0]
             loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
-            [(_, x, y)] = calls
-            found, g = torch.autograd.grad(loss, [rows, y])
-        self._head.add(x.detach(), g)
-        return found.nan_to_num_(0.0, 0.0, 0.0)
+            found, *at_outputs = torch.autograd.grad(loss, [rows, *(y for _, _, y in calls)])
+        for (_, x, _), g in zip(calls, at_outputs, strict=True):
+            self._head.add_tokens(x.detach(), g)
+        return _finite(found)
 
 
 class _CostSum:
@@ -166,40 +181,39 @@ class _CostSum:
 
     def __init__(self, n_tokens: int) -> None:
         self._inputs, self._outputs, self._scale = torch.tensor(0.0), torch.tensor(0.0), 0.5 / n_tokens
-        self.is_reached = False
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """x [..., in], g [..., out]: what the layer read, and the gradient at its output; [n, seq, .] are n windows."""
-        if x.dim() != 3:
-            x, g = x.reshape(1, -1, x.shape[-1]), g.reshape(1, -1, g.shape[-1])
-        self.is_reached |= x.shape[1] > 0
-        for one_x, one_g in zip(x.float(), g.float(), strict=True):
-            gradient = (one_g.T @ one_x).nan_to_num_(0.0, 0.0, 0.0)  # [out, in]
-            self._inputs = self._inputs + self._scale * (gradient.T @ gradient)
-            self._outputs = self._outputs + self._scale * gradient.square().sum(1)
+    @property
+    def is_reached(self) -> bool:
+        return self._outputs.dim() > 0
 
-    def result(self) -> Cost:
-        return _cost(self._inputs, self._outputs)
+    def add_batch(self, x: Tensor, g: Tensor) -> None:
+        """Of one batch: x [..., in], g [..., out] are what the layer read, and the gradient at its output."""
+        x, g = _usable(x, g)
+        gradient = g.T @ x  # [out, in]
+        self._inputs = torch.add(self._inputs, gradient.T @ gradient, alpha=self._scale)
+        self._outputs = self._outputs + self._scale * gradient.square().sum(1)
 
-
-class _HeadCost:
-    """The same of the head, each token by itself: a window's gradient would be as large as the head."""
-
-    def __init__(self, n_tokens: int) -> None:
-        self._inputs, self._outputs, self._scale = torch.tensor(0.0), torch.tensor(0.0), 0.5 / n_tokens
-
-    def add(self, x: Tensor, g: Tensor) -> None:
-        x, squares = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]).square().mul_(self._scale)
-        squares.nan_to_num_(0.0, 0.0)
+    def add_tokens(self, x: Tensor, g: Tensor) -> None:
+        """The same, each token by itself: of the head, a batch's gradient would be as large as the head."""
+        x, g = _usable(x, g)
+        squares = g.square().mul_(self._scale)
         self._inputs = self._inputs + x.T @ (squares.sum(1, keepdim=True) * x)
         self._outputs = self._outputs + squares.sum(0)
 
     def result(self) -> Cost:
-        return _cost(self._inputs, self._outputs)
+        return Cost(self._inputs, self._outputs / self._outputs.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _cost(inputs: Tensor, outputs: Tensor) -> Cost:
-    return Cost(inputs, outputs / outputs.sum().clamp(min=torch.finfo(torch.float32).tiny))
+def _usable(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, in] and [n, out] f32 of the tokens that do not overflow in either."""
+    x, g = (values.reshape(-1, values.shape[-1]).float() for values in (x, g))
+    finite = torch.isfinite(torch.linalg.vector_norm(x, dim=1)) & torch.isfinite(torch.linalg.vector_norm(g, dim=1))
+    return (x, g) if finite.all() else (x[finite], g[finite])
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """Zeros where a token overflows: through the attention NaN would reach all others."""
+    return gradient if torch.isfinite(gradient.sum()) else gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _without_overflow(states: Tensor) -> Tensor:
@@ -214,7 +228,12 @@ def _calls(linears: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Te
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def noting(name: str) -> Any:
-        return lambda module, args, output: seen.append((name, args[0], output))
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen.append((name, args[0], output))
+            if output.requires_grad:
+                output.register_hook(_finite)
+
+        return note
 
     hooks = [module.register_forward_hook(noting(name)) for name, module in linears.items()]
     try:
@@ -225,16 +244,31 @@ def _calls(linears: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Te
 
 
 @contextmanager
-def _started(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of `module`, each of which gradients are to go back to."""
-    seen: list[Tensor] = []
+def _started(embedding: Any) -> Iterator[list[tuple[Tensor, float]]]:
+    """The outputs of `embedding`, to which gradients are to go back, and the factor that its rows have in them."""
+    seen: list[tuple[Tensor, float]] = []
 
     def start(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1]
+        rows, output = embedding.weight.detach()[args[0]], output.detach()
+        factor = float(output.norm() / rows.norm().clamp(min=1e-30))
+        seen.append((output.requires_grad_(), factor))
+        return seen[-1][0]
 
-    hook = module.register_forward_hook(start)
+    hook = embedding.register_forward_hook(start)
     try:
         yield seen
     finally:
         hook.remove()
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """One line for an operation without a gradient, or one in place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate" in str(error):
+            raise
+        raise QuantizeError(
+            f"{name}: its gradients cannot be computed, which a target is measured by ({one_line(error)}); give --bits"
+        ) from error

@@ -1,6 +1,6 @@
 """The calibration set's hidden states between two blocks, on disk: memory holds one batch, whatever the set's size.
 
-Two files take turns. A block reads what the block before it wrote and writes the other file, so that what a
+In a run two files take turns. A block reads what the block before it wrote and writes the other file, so that what a
 resumed run needs is whole at every moment.
 """
 
@@ -31,9 +31,9 @@ def windows_per_batch(seq_len: int) -> int:
 
 
 class HiddenStates:
-    """float32 states [batch, seq, hidden], batch after batch; step i is what block i reads.
+    """float32 states [batch, seq, hidden], or gradients there, batch after batch; step i is what block i reads.
 
-    names: of the files that take turns.
+    names: of the files, which take turns where there are fewer of them than steps.
     """
 
     def __init__(self, folder: Path, ids: Tensor, windows_per_batch: int, names: Sequence[str] = STATES_FILES) -> None:
@@ -73,6 +73,7 @@ class HiddenStates:
                 yield states
 
     def remove(self, step: int) -> None:
+        """Delete the file of a step, if there is one."""
         self._path(step).unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from calibration.hessian import LayerStats
@@ -18,10 +20,7 @@ from formats.errors import error_context
 from qtool.budget import Budget
 from qtool.checkpoint import find_tensor
 from qtool.errors import ConfigError
-from qtool.gptq import (
-    Factor,
-    factorize,
-)
+from qtool.gptq import Factor, factorize
 from qtool.journal import SWEEP, SWEEP_PART, SWEEP_STATES, write_durably
 from qtool.layer_loss import embedding_losses, layer_losses
 from qtool.model import BlockwiseModel
@@ -33,7 +32,7 @@ from qtool.states import HiddenStates, calibrate_and_advance
 
 LEAST_HALVED = 64
 """Groups this long are also measured at half the length."""
-EMBEDDING_BITS = (3, 4, 5, 6, 7, 8)
+EMBEDDING_BITS = range(2, 9)
 TORN = (OSError, ValueError, KeyError, TypeError)
 """What reading a broken file, or one that is not there, raises: it is measured again."""
 REVISION = 2
@@ -114,8 +113,9 @@ def measure_sweep(
     identity: Mapping[str, Any],
     warn: Callable[[str], None],
 ) -> Sweep:
-    """One pass over the uncompressed model, kept in `folder` block by block: a run that was stopped goes on there."""
-    ids, in_batch = torch.from_numpy(windows.ids), budget.windows_per_batch
+    """Some windows forward and back, then a pass over the uncompressed model with all, which is kept in `folder` block
+    by block: a run that was stopped goes on there."""
+    ids, in_batch = _mixed(windows.ids, recipe), budget.windows_per_batch
     states, gradients = HiddenStates(folder, ids, in_batch, SWEEP_STATES), Gradients(model, ids, folder, in_batch)
     measured = _Sweep(model, {t.name: t for t in plan if t.spec is not None}, recipe, states, gradients)
     own = {**identity, "tensors": list(measured.plan)}  # a part is of use to the same plan alone
@@ -132,6 +132,14 @@ def measure_sweep(
         budget.check_now(f"block {index}")
     _keep(folder / SWEEP, identity=identity, sweep=asdict(measured.sweep))
     return measured.sweep
+
+
+def _mixed(ids: Any, recipe: Recipe) -> Tensor:
+    """The windows [n, seq] with those of every source in turn: the first of them are run backward."""
+    n_sources = recipe.calibration.source.count(",") + 1
+    parts = [part.tolist() for part in torch.arange(len(ids)).tensor_split(n_sources)]
+    order = [index for turn in zip_longest(*parts) for index in turn if index is not None]
+    return torch.from_numpy(ids)[order]
 
 
 def _keep(path: Path, **members: Any) -> None:

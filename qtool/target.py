@@ -25,6 +25,7 @@ class Spread:
 
     specs: Mapping[str, QuantSpec]
     allocation: Allocation
+    loss: float  # nats a token: of all tensors that are quantized, also by the user's own choice
 
 
 def spread_bits(plan: Sequence[TensorPlan], sweep: Sweep, recipe: Recipe, other_bytes: int) -> Spread:
@@ -49,7 +50,9 @@ def spread_bits(plan: Sequence[TensorPlan], sweep: Sweep, recipe: Recipe, other_
         for group, option, i in zip(groups, options, allocation.choice, strict=True)
         for tensor in group
     }
-    return Spread(specs=specs | given, allocation=allocation)
+    rest = [t for t in plan if t.spec is not None and t.name not in chosen]
+    loss = allocation.loss + sum(sweep.losses[t.name][key_of(t.spec)][0] for t in rest if t.spec)
+    return Spread(specs=specs | given, allocation=allocation, loss=loss)
 
 
 def _groups(plan: Sequence[TensorPlan], recipe: Recipe, inputs: Mapping[str, str]) -> list[list[TensorPlan]]:

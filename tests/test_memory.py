@@ -43,8 +43,10 @@ def test_too_little_is_refused_with_the_least_that_is_needed(command, output):
     assert refusal(*command, "--max-memory", "100MB", "--dry-run") == message
 
 
-def test_the_least_that_is_named_is_enough(command):
+@pytest.mark.parametrize("options", [(), ("--target-bits", "5")], ids=["bits", "target"])
+def test_the_least_that_is_named_is_enough(command, options):
     """In a process of its own, whose peak is the run's."""
+    command += options
     least = qtool_json(*command, "--dry-run")["peak_rss_bytes"]
     done = python("-m", "qtool.cli", *command, "--max-memory", least, "--json")
     assert done.returncode == 0, done.stderr

