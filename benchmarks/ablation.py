@@ -35,7 +35,7 @@ SOLVER = {
 CLAIMS = {
     "GPTQ, 4 bits, group 128": ["--bits", 4, "--group-size", 128],
     "NF4, double quantization": ["--format", "nf4", "--double-quant", "--no-input-scales"],
-    "SpQR, 3 bits": ["--method", "spqr", "--bits", 3],
+    "SpQR, 3 bits, 0.5% outliers": ["--method", "spqr", "--bits", 3, "--outliers", "0.5%"],
     "GPTQ, 3 bits, group 24": ["--bits", 3, "--group-size", 24],
     "int 4, rounded, blocks of 1024": ["--method", "rtn", "--bits", 4, "--group-size", 1024],
     "int 4, rounded, blocks of 64": ["--method", "rtn", "--bits", 4, "--group-size", 64],
@@ -52,7 +52,7 @@ def main() -> None:
     limits = Limits()
     plain = next(row for row in solver if row.setting == PLAIN)
     limits.at_most("seconds against plain GPTQ's", solver[0].seconds / plain.seconds, 2.0)
-    spqr, gptq = claims["SpQR, 3 bits"], claims["GPTQ, 3 bits, group 24"]
+    spqr, gptq = claims["SpQR, 3 bits, 0.5% outliers"], claims["GPTQ, 3 bits, group 24"]
     limits.at_most("bits of SpQR against GPTQ's", spqr.bits, gptq.bits)
     limits.at_most("SpQR against GPTQ at equal bytes", spqr.ratio, gptq.ratio)
     nf4, grid = claims["NF4, double quantization"].ratio, claims["GPTQ, 4 bits, group 128"].ratio
