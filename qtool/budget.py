@@ -52,7 +52,7 @@ def plan_budget(
     """The largest batches that keep to `max_memory_bytes`; ConfigError names the least that the run needs."""
     seq_len, n_windows = model.window_length(recipe.calibration.seq_len), recipe.n_windows
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
-    windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.source.split(",")
+    windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.sources
     while True:
         n_tokens = windows * seq_len if n_windows else 0
         peak = _peak_rss_bytes(model, plan, n_tokens, seq_len, measures=recipe.target is not None)
@@ -158,17 +158,21 @@ def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:
 
 def check_disk_for_states(journal: Journal, budget: Budget) -> None:
     """Refuse to measure for a target when the work folder has not the space for what that takes."""
-    used = sum(path.stat().st_size for path in journal.folder.iterdir())
-    _require(journal.folder, max(budget.measuring_bytes - used, 0))
+    _require_with_journal(journal, budget.measuring_bytes)
 
 
 def check_disk(journal: Journal, plan: list[TensorPlan], files: Mapping[str, bytes], budget: Budget) -> None:
     """Refuse to start when the work folder, or the output where that lies elsewhere, has not the space for the run."""
     whole = file_bytes(plan, files)
-    used = sum(path.stat().st_size for path in journal.folder.iterdir())
-    _require(journal.folder, max(whole + 2 * budget.states_bytes - used, 0))
+    _require_with_journal(journal, whole + 2 * budget.states_bytes)
     if os.stat(journal.folder).st_dev != os.stat(journal.output.parent).st_dev:
         _require(journal.output.parent, whole)
+
+
+def _require_with_journal(journal: Journal, needed: int) -> None:
+    """The same of the work folder, where a run that was stopped has taken some of it already."""
+    used = sum(path.stat().st_size for path in journal.folder.iterdir())
+    _require(journal.folder, max(needed - used, 0))
 
 
 def _require(folder: Any, needed: int) -> None:

@@ -208,8 +208,7 @@ class Journal:
 
     def _refuse_foreign_files(self) -> None:
         for path in self.folder.iterdir():
-            known = path.name in (*_FILES, SWEEP) or any(fnmatch(path.name, p) for p in (*_MEASURING, _SAMPLES))
-            if not known:
+            if not _is_one_of(path.name, (*_FILES, SWEEP, *_MEASURING, _SAMPLES)):
                 raise ConfigError(f"{self.folder}: has {path.name!r} in it, which is no run's; give a new --work-dir")
 
     def _manifest(self) -> Any:
@@ -250,7 +249,11 @@ def _before_spread(identity: Mapping[str, Any]) -> dict[str, Any]:
 def is_unfinished(folder: Path) -> bool:
     """Whether a run may have left something to go on with, or an empty folder to remove."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {SWEEP}
-    return not names or not all(any(fnmatch(name, pattern) for pattern in (SWEEP, *_MEASURING)) for name in names)
+    return not names or not all(_is_one_of(name, (SWEEP, *_MEASURING)) for name in names)
+
+
+def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def default_folder(output: Path) -> Path:

@@ -101,7 +101,7 @@ def _refuse_idle(method: str, number_format: str | None, chosen: dict[str, Any])
     else:
         for name in ("outlier_features", "activation_threshold"):
             if name in chosen:
-                raise ConfigError(f"{_option(name)} {chosen[name]}: is for --method int8; give it, or leave this out")
+                raise ConfigError(f"{_given(name, chosen[name])}: is for --method int8; give it, or leave this out")
     if method in ("int8", "rtn"):
         for name in ("act_order", "percdamp", "scale_search", "input_scales"):
             if name in chosen:

@@ -143,6 +143,11 @@ class CalibrationSpec:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
 
+    @property
+    def sources(self) -> list[str]:
+        """The texts that `source` joins by commas."""
+        return [name.strip() for name in self.source.split(",")]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:

@@ -136,8 +136,7 @@ def measure_sweep(
 
 def _mixed(ids: Any, recipe: Recipe) -> Tensor:
     """The windows [n, seq] with those of every source in turn: the first of them are run backward."""
-    n_sources = recipe.calibration.source.count(",") + 1
-    parts = [part.tolist() for part in torch.arange(len(ids)).tensor_split(n_sources)]
+    parts = [part.tolist() for part in torch.arange(len(ids)).tensor_split(len(recipe.calibration.sources))]
     order = [index for turn in zip_longest(*parts) for index in turn if index is not None]
     return torch.from_numpy(ids)[order]
 
