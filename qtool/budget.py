@@ -16,7 +16,7 @@ from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 from qtool.sample import SAMPLES_PER_BATCH
-from qtool.sensitivity import LOGITS_AT_A_TIME, windows_backward
+from qtool.sensitivity import LOGITS_BACKWARD, windows_backward
 from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
 from qtool.states import windows_per_batch
 
@@ -86,7 +86,7 @@ def _peak_rss_bytes(
     looked_up = sum(4 * t.n_parameters for t in plan if t.name in names)
     moments = [largest, TOKENIZER_BYTES * bool(n_tokens)]
     if measures:  # the head's way back
-        logits = min(LOGITS_AT_A_TIME, n_tokens * model.vocab_size)
+        logits = min(LOGITS_BACKWARD, n_tokens * model.vocab_size)
         moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + LOGITS_COPIES * 4 * logits)
     for tensors in blocks_of(model, plan):
         weights = 4 * sum(t.n_parameters for t in tensors)

@@ -32,8 +32,8 @@ from qtool.states import HiddenStates
 
 TOKENS, LEAST_BATCHES = 4096, 4
 """Tokens that are run backward, at least in so many batches: each gives one gradient of every weight."""
-LOGITS_AT_A_TIME = 1 << 24
-"""Entries of logits that are run backward together; also bounds their memory."""
+LOGITS_BACKWARD = 1 << 24
+"""Entries of logits that are run backward together, which bounds their memory."""
 SEED = 0
 """Of the tokens that the model draws."""
 
@@ -160,7 +160,7 @@ class Gradients:
     def _at_the_head(self, states: Tensor) -> Tensor:
         """The gradient of the drawn tokens' log-likelihood at the last block's output [batch, seq, hidden]."""
         rows = states.reshape(-1, 1, states.shape[-1])  # each a sequence of its own: the head looks at nothing beside
-        step = max(1, LOGITS_AT_A_TIME // self._model.vocab_size)
+        step = max(1, LOGITS_BACKWARD // self._model.vocab_size)
         return torch.cat([self._at_logits(part) for part in rows.split(step)]).view_as(states)
 
     def _at_logits(self, rows: Tensor) -> Tensor:
