@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threa
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # and wait for each other where a machine is busy
 
 from invoke import run_qtool
+from targeting import FAST, MEASURED
 from tiny import make_model, silence
 
 WORDS = ["the", "of", "and", "in", "is", "it", "with", "for", "was", "that", "from", "not", "be", "one", "what", "when"]
@@ -68,3 +71,44 @@ def command(tiny_files: TinyFiles, output: Path) -> list[object]:
 def whole(tiny_files: TinyFiles) -> bytes:
     """The bytes that `command` gives in one go."""
     return tiny_files.compressed("llama").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def measured(tiny_files: TinyFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the options FAST measure on the llama, as a dry run leaves it."""
+    output = tmp_path_factory.mktemp("measured") / "out.qtm"
+    command = ["compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options(*FAST)]
+    result = run_qtool(*command, "--target-size", "60kB", "--dry-run")
+    assert result.exit_code == 0 and MEASURED not in result.stderr, result.output
+    work = output.with_name("out.qtm.work")
+    assert os.listdir(work) == ["sweep.json"]
+    return work / "sweep.json"
+
+
+@pytest.fixture
+def fresh(command: list[object]) -> list[object]:
+    """A command to which a target can be added; nothing is measured for it yet."""
+    return [*command, *FAST]
+
+
+@pytest.fixture
+def targeted(fresh: list[object], output: Path, measured: Path) -> list[object]:
+    """The same, with all measured that it asks for."""
+    work = output.with_name(f"{output.name}.work")
+    work.mkdir()
+    shutil.copy(measured, work)
+    return fresh
+
+
+@pytest.fixture
+def in_one_go(tiny_files: TinyFiles, measured: Path, tmp_path: Path) -> Callable[..., bytes]:
+    """The bytes that a target gives when nothing stops its run."""
+
+    def compress(*options: str) -> bytes:
+        shutil.copytree(measured.parent, tmp_path / "work")
+        output = tmp_path / "whole.qtm"
+        base = ["compress", tiny_files.model("llama"), "-o", output, *tiny_files.compress_options(*FAST)]
+        assert run_qtool(*base, *options, "--work-dir", tmp_path / "work").exit_code == 0
+        return output.read_bytes()
+
+    return compress
