@@ -62,9 +62,10 @@ class Bench:
         key = [str(part) for part in command]
         if kept.exists() and (found := json.loads(kept.read_text()))["command"] == key:
             return Measured(**found["measured"])
-        output = self.work / f"seed{self.seed}.qtm"
+        output = kept.with_suffix(".qtm")  # each its own: one that was stopped is in no other's way
         made = qtool("compress", self.model, "-o", output, "--force", *command)
         ratio = self.perplexity(output) / self.base()
+        output.unlink()
         measured = Measured(
             series=series, setting=setting, bits=made["bits_per_weight"], ratio=ratio, seconds=made["seconds"]
         )
