@@ -30,6 +30,7 @@ POINTS = {
     2.5: (3.5, 3.0),
     2.2: (5.0, 4.0),
 }
+END = 6.5  # bits: beyond it qtool has no point here, and any tool's file is as good as the model
 ROUNDED = {bits: ["--method", "rtn", "--bits", bits, "--group-size", 64] for bits in (3, 4, 5, 6)}
 SAMPLES = ["--samples", 16, "--seq-len", 1024]
 
@@ -137,7 +138,7 @@ def _limits(rows: list[Measured]) -> Limits:
         if point.ratio > aim:
             print(f"ratio at {point.setting}: {point.ratio:.3f}, aimed at {aim:g}")
     for row in rows:
-        below = [point for point in own.values() if point.bits <= row.bits]
+        below = [point for point in own.values() if point.bits <= row.bits <= END]
         if row.series != "qtool" and below:
             nearest = max(below, key=lambda point: point.bits)
             limits.at_most(

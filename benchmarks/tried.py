@@ -76,7 +76,7 @@ class Bench:
         )  # fmt: skip
         self.spec = recipe.linears
         self.calibration = torch.from_numpy(draw_sample(self.model, recipe, tokenizer, keep_own=Path()).ids)
-        ids = torch.tensor(tokenizer(read_text(str(data), "text"), verbose=False).input_ids)
+        ids = torch.tensor(tokenizer(read_text(str(data), split="test").joined(), verbose=False).input_ids)
         self.scored = ids[: SCORED * SEQ_LEN].view(SCORED, SEQ_LEN)
 
     def run(self, trial: Trial | None) -> tuple[float, float]:
