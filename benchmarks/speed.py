@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.tools import Limits, parser, print_table, qtool
-from formats.encoding import MatrixEncoding, encoding_of
+from formats.encoding import MatrixEncoding, Shape, encoding_of
+from formats.kernels.cpu_linear import hold
 from formats.layer import QuantizedLinear
-from formats.loader import QuantLinear, section_parts
+from formats.loader import section_tensor
 from formats.reader import QtmFile, verify
 from formats.section import pack
 from formats.writer import Writer
@@ -60,17 +62,19 @@ def decode_rows(path: Path, limits: Limits) -> list[tuple[str, str, str, str]]:
             if not isinstance(entry.encoding, MatrixEncoding) or entry.shape in seen or "layers" not in entry.name:
                 continue
             seen.add(entry.shape)
-            decoder = QuantLinear(section_parts(file, entry), entry.shape, entry.encoding, None)
-            weight = decoder.rows(slice(None))
+            where = section_tensor(file, entry), entry.encoding, entry.shape
+            weight = _decoded(*where)
             target = torch.empty_like(weight)
-            decode, copy = paired_medians(
-                lambda d=decoder: d.rows(slice(None)),
-                lambda t=target, w=weight: t.copy_(w),
-            )
+            decode, copy = paired_medians(lambda w=where: _decoded(*w), lambda t=target, w=weight: t.copy_(w))
             name, ratio = f"decode {'x'.join(map(str, entry.shape))} / copy it", decode / copy
             limit = limits.at_most(name, ratio, 6) if weight.numel() >= SMALL else ""
             rows.append((name, f"{decode * 1e3:.2f} / {copy * 1e3:.2f} ms", f"{ratio:.1f}", limit))
     return rows
+
+
+def _decoded(section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
+    """What a call of a layer decodes, in one go."""
+    return encoding.rows(hold(section, encoding, shape), slice(None), shape)
 
 
 def verify_row(path: Path, limits: Limits) -> tuple[str, str, str, str]:

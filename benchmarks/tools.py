@@ -54,6 +54,12 @@ class Limits:
             self._broken.append(f"{what}: {value:.4g} is above {limit:g}")
         return f"{limit:g}"
 
+    def at_least(self, what: str, value: float, limit: float) -> str:
+        """The same of a limit from below."""
+        if value < limit:
+            self._broken.append(f"{what}: {value:.4g} is below {limit:g}")
+        return f"{limit:g}"
+
     def finish(self) -> None:
         if self._broken:
             sys.exit("\n".join(self._broken))

@@ -2,7 +2,7 @@
 
 Import the module you need; nothing here imports torch or does work at import.
 
-    errors     FormatError, the one exception of the package
+    errors     FormatError for a file, KernelError for a device
     layer      QuantizedLinear, CodebookLinear, ...: the numbers of a section, and the weight they stand for
     bitpack    codes <-> bit planes
     trellis    the tables of trellis-coded quantization
@@ -12,4 +12,7 @@ Import the module you need; nothing here imports torch or does work at import.
     header     the JSON table of what is in the file
     writer     Writer
     reader     QtmFile, verify
+    loader     a file as a transformers model (imports torch, as do the next two)
+    device     whether a device can run a file
+    kernels    multiplying by a section: numpy, torch, Triton
 """

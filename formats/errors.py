@@ -1,4 +1,4 @@
-"""The one error of the file format."""
+"""What can go wrong with a file, and with what runs it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,10 @@ from contextlib import contextmanager
 
 class FormatError(ValueError):
     """A file or a value that breaks SPEC.md; the message names the place, the value and the paragraph."""
+
+
+class KernelError(RuntimeError):
+    """A device, or what is installed for it, that cannot run a file; the message names the fix."""
 
 
 @contextmanager

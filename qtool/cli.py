@@ -92,12 +92,14 @@ def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> No
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: most likely.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For a temperature above 0.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @json_option
 def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
-    """Continue a prompt with the model in FILE, on the CPU.
+    """Continue a prompt with the model in FILE.
 
     \b
     qtool generate model.qtm --prompt "The capital of France is"
+    qtool generate model.qtm --prompt "Once upon a time" --temperature 0.7 --device cuda
     """
     from qtool import commands
 

@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from calibration.errors import CalibrationError
-from formats.errors import FormatError
+from formats.errors import FormatError, KernelError
 from qtool.errors import QtoolError
 
-DOMAIN_ERRORS = (QtoolError, CalibrationError, FormatError)
+DOMAIN_ERRORS = (QtoolError, CalibrationError, FormatError, KernelError)
 
 
 class CommandGroup(click.Group):

@@ -246,7 +246,9 @@ def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, te
     return [check.to_dict() for check in checks]
 
 
-def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+def run_generate(
+    file: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, device: str = "cpu"
+) -> str:
     """The continuation alone."""
     import torch
 
@@ -257,8 +259,8 @@ def run_generate(file: Path, prompt: str, *, max_new_tokens: int, temperature: f
         raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer, model = load_tokenizer(file), load(file)
-        inputs = tokenizer(prompt, return_tensors="pt")
+        tokenizer, model = load_tokenizer(file), load(file, device=device)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         _check_length(inputs["input_ids"].shape[1], max_new_tokens, model.config)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         ids = model.generate(  # type: ignore[operator]

@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow tiny matrices down
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # and wait for each other where a machine is busy
+os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run without a GPU; `make test-gpu` says 0
 
 from invoke import run_qtool
 from targeting import FAST, MEASURED

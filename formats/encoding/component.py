@@ -43,7 +43,7 @@ class Component(ABC):
         """FormatError for a bit behind the last field of a row (SPEC 7.4.4)."""
 
     def hold(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a loaded model keeps to decode any rows: the mapped parts themselves, as far as they have rows."""
+        """What any rows are decoded of: the parts themselves, as far as they have rows."""
         return {name: parts[name] for name, _, _ in self.part_shapes()}
 
 
@@ -105,7 +105,7 @@ class Planes(RowComponent):
                 raise FormatError(f"part {name!r}: bits behind the last code are not zero (SPEC 7.4.4)")
 
     def hold(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Flat ones are unpacked once: they have no rows to take a stripe of."""
+        """Flat ones are unpacked: they have no rows to take a stripe of."""
         if not self.flat:
             return {name: parts[name] for name in self.names}
         from formats.kernels.cpu import unpack_codes

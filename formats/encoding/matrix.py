@@ -57,7 +57,7 @@ class MatrixEncoding(Encoding):
         self.composite(shape).check_unused_bits(arrays)
 
     def hold(self, parts: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-        """What a loaded model keeps of a section's parts (`as_tensors`) to decode any rows."""
+        """What any rows are decoded of, out of a section's parts (`as_tensors`)."""
         return self.composite(shape).hold(parts)
 
     def decode(self, arrays: Arrays, shape: Shape) -> Tensor:

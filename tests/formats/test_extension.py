@@ -68,7 +68,7 @@ import torch
 from formats.encoding import encoding_of
 from formats.encoding.signs import SignsLinear
 from formats.errors import FormatError
-from formats.loader import QuantLinear, decode_tensor, section_parts
+from formats.loader import QuantLinear, decode_tensor, section_tensor
 from formats.reader import QtmFile, verify
 from formats.section import pack
 from formats.writer import Writer
@@ -87,7 +87,7 @@ with QtmFile.open(path) as file:
     assert np.array_equal(file.layer("w").dequantize(), want)
     entry = file.tensors["w"]
     assert np.array_equal(decode_tensor(file, entry).numpy(), want)
-    linear = QuantLinear(section_parts(file, entry), entry.shape, entry.encoding, None)
+    linear = QuantLinear(section_tensor(file, entry), entry.shape, entry.encoding, None)
     assert linear(torch.eye(3)).T.tolist() == want.tolist()
 (row,) = inspect_file(path)["tensors"]
 assert (row["encoding"], row["bits"]) == ("signs", 1)

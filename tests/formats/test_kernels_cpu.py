@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.encoding import encoding_of
-from formats.kernels.cpu import as_tensors, unpack_plane
+from formats.kernels.cpu import unpack_plane
 from formats.layer import QuantizedLinear, dequantize
 from formats.loader import QuantLinear
 from formats.section import pack, part_arrays
 
 
-def tensors(layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    return as_tensors(part_arrays(bytearray(pack(layer)), layer.shape, encoding_of(layer)))
+def section(layer: QuantizedLinear) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pack(layer)), dtype=torch.uint8)
 
 
 def decoded(layer: QuantizedLinear) -> np.ndarray:
-    section = bytearray(pack(layer))
-    return encoding_of(layer).decode(part_arrays(section, layer.shape, encoding_of(layer)), layer.shape).numpy()
+    packed = bytearray(pack(layer))
+    return encoding_of(layer).decode(part_arrays(packed, layer.shape, encoding_of(layer)), layer.shape).numpy()
 
 
 def test_spec_7_4_3_planes_by_hand():
@@ -50,10 +50,10 @@ def test_spec_7_5_real_shapes(bits, shape):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_quant_linear_is_a_linear_with_the_decoded_weight(symmetric, scaled, monkeypatch):
-    monkeypatch.setattr("formats.loader.MAX_DECODED_ELEMENTS", 500)  # several stripes, the last one short
+    monkeypatch.setattr("formats.kernels.cpu_linear.MAX_DECODED_ELEMENTS", 500)  # several stripes, the last one short
     layer = make_layer(50, 70, 3, 32, symmetric, scaled)
     bias = torch.linspace(-1, 1, 50)
-    linear = QuantLinear(tensors(layer), (50, 70), encoding_of(layer), bias)
+    linear = QuantLinear(section(layer), (50, 70), encoding_of(layer), bias)
     x = torch.linspace(-1, 1, 3 * 70).view(3, 70)
     weight = torch.from_numpy(dequantize(layer))
     want = x.double() @ weight.double().T + bias.double()
@@ -62,9 +62,8 @@ def test_quant_linear_is_a_linear_with_the_decoded_weight(symmetric, scaled, mon
     assert ((linear(x).double() - want).abs() <= bound).all()
 
 
-def test_rows_by_index_and_by_slice_are_those_of_the_whole():
+def test_rows_by_their_numbers_are_those_of_the_whole():
     layer = make_layer(9, 40, 5, 16)
-    linear = QuantLinear(tensors(layer), (9, 40), encoding_of(layer), None)
+    linear = QuantLinear(section(layer), (9, 40), encoding_of(layer), None)
     whole = torch.from_numpy(dequantize(layer))
-    assert torch.equal(linear.rows(slice(3, 7)), whole[3:7])
     assert torch.equal(linear.rows(torch.tensor([8, 0, 0])), whole[[8, 0, 0]])

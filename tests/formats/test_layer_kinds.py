@@ -17,7 +17,8 @@ from layer_samples import (
 )
 
 from formats.encoding import encoding_of
-from formats.kernels.cpu import as_tensors
+from formats.kernels.cpu import Rows
+from formats.kernels.cpu_linear import hold
 from formats.layer import Layer, dequantize
 from formats.loader import QuantLinear
 from formats.section import check_section, pack, part_arrays, unpack
@@ -29,8 +30,18 @@ def parts_of(layer: Layer) -> dict[str, np.ndarray]:
     return part_arrays(bytearray(pack(layer)), layer.shape, encoding_of(layer))
 
 
+def section_of(layer: Layer) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pack(layer)), dtype=torch.uint8)
+
+
 def quant_linear(layer: Layer, bias: torch.Tensor | None = None) -> QuantLinear:
-    return QuantLinear(as_tensors(parts_of(layer)), layer.shape, encoding_of(layer), bias)
+    return QuantLinear(section_of(layer), layer.shape, encoding_of(layer), bias)
+
+
+def rows_of(layer: Layer, index: Rows) -> torch.Tensor:
+    """What `Encoding.rows` decodes of some rows: input scales are not applied."""
+    encoding = encoding_of(layer)
+    return encoding.rows(hold(section_of(layer), encoding, layer.shape), index, layer.shape)
 
 
 def check_bits_agree(layer: Layer) -> None:
@@ -49,17 +60,21 @@ def test_numpy_and_torch_agree_on_every_bit(layer):
 
 @all_layers
 def test_rows_by_index_and_by_slice_are_those_of_the_whole(layer):
-    linear = quant_linear(layer)
-    whole = linear.rows(slice(None))
-    last = layer.out_features - 1
-    assert torch.equal(linear.rows(slice(1, 2)), whole[1:2])
-    assert torch.equal(linear.rows(slice(1, None)), whole[1:])
-    assert torch.equal(linear.rows(torch.tensor([last, 0, 0])), whole[[last, 0, 0]])
+    whole, last = rows_of(layer, slice(None)), layer.out_features - 1
+    assert torch.equal(rows_of(layer, slice(1, 2)), whole[1:2])
+    assert torch.equal(rows_of(layer, slice(1, None)), whole[1:])
+    assert torch.equal(rows_of(layer, torch.tensor([last, 0, 0])), whole[[last, 0, 0]])
+
+
+@all_layers
+def test_looked_up_rows_are_those_of_the_weight(layer):
+    ids = torch.tensor([[layer.out_features - 1, 0], [0, 1]])
+    assert torch.equal(quant_linear(layer).rows(ids), torch.from_numpy(dequantize(layer))[ids])
 
 
 @all_layers
 def test_quant_linear_multiplies_by_the_decoded_weight(layer, monkeypatch):
-    monkeypatch.setattr("formats.loader.MAX_DECODED_ELEMENTS", 2 * layer.in_features)  # stripes of two rows
+    monkeypatch.setattr("formats.kernels.cpu_linear.MAX_DECODED_ELEMENTS", 2 * layer.in_features)  # stripes of two rows
     bias = torch.linspace(-1, 1, layer.out_features)
     x = torch.linspace(-1, 1, 3 * layer.in_features).view(3, -1)
     weight = torch.from_numpy(dequantize(layer))
@@ -106,12 +121,11 @@ def test_spec_7_14_any_trellis(data, bits, memory, run):
     shape = data.draw(st.tuples(st.integers(1, 200), st.integers(1, 9)))
     layer = make_trellis(*shape, bits, shape[1], memory, run, scaled=bits % 2 == 0)
     check_bits_agree(layer)
-    linear = quant_linear(layer)
-    whole = linear.rows(slice(None))
+    whole = rows_of(layer, slice(None))
     start, stop = sorted(data.draw(st.tuples(st.integers(0, shape[0]), st.integers(0, shape[0]))))
-    assert torch.equal(linear.rows(slice(start, stop)), whole[start:stop])
+    assert torch.equal(rows_of(layer, slice(start, stop)), whole[start:stop])
     some = torch.tensor(data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=5)), dtype=torch.int64)
-    assert torch.equal(linear.rows(some), whole[some])
+    assert torch.equal(rows_of(layer, some), whole[some])
 
 
 def test_spec_7_10_columns_of_a_wide_matrix_take_32_bits():

@@ -1,0 +1,98 @@
+"""What a launch of the GPU kernels must move and compute, and what that would take: a prediction, not a measurement.
+
+    python -m benchmarks.roofline [--shape 4096 4096] [--bits 4] [--group-size 128]
+
+Bytes and operations are counted from a launch's own arguments; divided by the datasheet's limits of each GPU they give
+a time that no kernel can beat, and the most that a file of so many bits can gain over fp16. MARLIN's published ideal
+(3.87 times on an A10, held up to 16 to 32 tokens) is that of 4.125 bits. Fails when a launch counts more than 5 %
+above the floor: activations, the section and the result, each once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from benchmarks.tools import Limits, print_table
+from formats.encoding import MatrixEncoding, Shape, Uniform
+from formats.kernels.layout import layout_of
+from formats.kernels.triton_launch import blocks_for
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Datasheet limits: memory in bytes a second, fp16 tensor cores in operations a second, dense."""
+
+    name: str
+    bytes_per_second: float
+    operations_per_second: float
+
+
+GPUS = (
+    Gpu("T4", 320e9, 65e12),
+    Gpu("A10", 600e9, 125e12),
+    Gpu("RTX 4090", 1008e9, 165e12),
+    Gpu("A100", 1555e9, 312e12),
+    Gpu("H100", 3350e9, 989e12),
+)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+HALF, SUM = 2, 4  # bytes of an activation, and of a sum that splits hand on
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one product, all launches of it together."""
+
+    bytes_moved: int
+    floor: int
+    operations: int
+
+    def seconds(self, gpu: Gpu, *, at_least: bool = False) -> float:
+        """The longer of moving and computing."""
+        moved = self.floor if at_least else self.bytes_moved
+        return max(moved / gpu.bytes_per_second, self.operations / gpu.operations_per_second)
+
+
+def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
+    """What `triton_launch.multiply` moves: the section for every block of tokens, the sums of splits there and back.
+
+    Activations are small, and count once: all programs but the first find them in the cache.
+    """
+    layout, _ = layout_of(encoding, shape)
+    blocks = blocks_for(layout, n_tokens, shape[0])
+    once = encoding.section_bytes(shape) + HALF * n_tokens * shape[1]
+    written = HALF * n_tokens * shape[0]
+    handed_on = 2 * SUM * blocks.splits * n_tokens * shape[0] if blocks.splits > 1 else 0
+    again = (-(-n_tokens // blocks.tokens) - 1) * encoding.section_bytes(shape)  # by every block of tokens
+    return Work(once + again + written + handed_on, once + written, 2 * n_tokens * shape[0] * shape[1])
+
+
+def dense_seconds(shape: Shape, n_tokens: int, gpu: Gpu) -> float:
+    """Of the same product with a plain fp16 weight."""
+    moved = HALF * (shape[0] * shape[1] + n_tokens * (shape[0] + shape[1]))
+    return max(moved / gpu.bytes_per_second, 2 * n_tokens * shape[0] * shape[1] / gpu.operations_per_second)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("OUT", "IN"))
+    options.add_argument("--bits", type=int, default=4)
+    options.add_argument("--group-size", type=int, default=128)
+    args = options.parse_args()
+    shape = tuple(args.shape)
+    encoding = Uniform(bits=args.bits, group_size=args.group_size, symmetric=False, input_scales=True)
+    limits, rows = Limits(), []
+    for n_tokens in TOKENS:
+        work = work_of(encoding, shape, n_tokens)
+        over = work.bytes_moved / work.floor - 1
+        gains = [f"{dense_seconds(shape, n_tokens, gpu) / work.seconds(gpu):.2f}" for gpu in GPUS]
+        rows.append((n_tokens, f"{work.bytes_moved / 1e6:.2f} MB", f"{over:.1%}", *gains))
+        if n_tokens <= 32:
+            limits.at_most(f"bytes above the floor with {n_tokens} tokens", over, 0.05)
+    print(f"prediction: {encoding}, {shape[0]} x {shape[1]}; speed-up over fp16 at the datasheet's limits")
+    print_table(("tokens", "moved", "above the floor", *(gpu.name for gpu in GPUS)), rows)
+    limits.finish()
+
+
+if __name__ == "__main__":
+    main()

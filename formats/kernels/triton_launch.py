@@ -1,0 +1,164 @@
+"""Which kernel with which blocks: fixed by the shape alone, so that no first token waits for a search."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from formats.encoding import MatrixEncoding, Shape
+from formats.kernels.layout import TRELLIS, Layout, constants, layout_of
+from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
+from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
+from formats.kernels.triton_rows import add_splits, multiply_rows
+from formats.kernels.triton_tiles import add_sparse, multiply_tiles
+
+FEW_TOKENS = 8
+"""Up to so many are multiplied row by row: tensor cores would have next to nothing to do."""
+PROGRAMS = 96
+"""Wanted at least: about one for each multiprocessor of a large GPU. More splits would move more sums than codes."""
+MOST_SPLITS = 16
+LEAST_INPUTS = 32
+AMPERE = 80
+SPARSE = 16, 8  # tokens or rows, and outputs or outliers of a row, at a time
+DECODED, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
+SUMS = 1024
+FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes with its version
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What one program takes, and how many programs share the inputs of an output."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def blocks_for(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
+    """The blocks for a shape: wide ones, as long as there are programs enough, and inputs split where there are not."""
+    few = n_tokens <= FEW_TOKENS
+    if few:
+        tokens = triton.next_power_of_2(n_tokens)
+        outputs, inputs, warps, stages = 8, 1024 if tokens < 4 else 512, 4, 2
+    else:
+        tokens = min(triton.next_power_of_2(n_tokens), 128)
+        outputs, inputs, warps, stages = 128 if tokens == 128 else 64, 64, 8 if tokens == 128 else 4, 3
+    if few and layout.kind == TRELLIS:
+        outputs, inputs = (128, 32) if tokens < 4 else (32, 64)  # 128: 16 bytes of an input's path
+    while outputs > 32 and triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs) < PROGRAMS:
+        outputs //= 2
+    inputs = max(min(inputs, triton.next_power_of_2(layout.n_inputs)), LEAST_INPUTS)
+    programs = triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs)
+    splits = min(max(PROGRAMS // programs, 1), triton.cdiv(layout.n_inputs, inputs), MOST_SPLITS)
+    return Blocks(tokens, outputs, inputs, splits, warps, stages)
+
+
+def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
+    """See `Kernels`."""
+    with on_device_of(x):
+        if len(x) == 0:
+            return x.new_empty((0, shape[0]))
+        if len(x) > FEW_TOKENS and not _has_tiles():
+            return x @ decode(section, encoding, shape, x.dtype).T
+        return _multiply(x, section, encoding, shape)
+
+
+def _multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
+    layout, offsets = layout_of(encoding, shape)
+    n_tokens, n_outputs = len(x), shape[0]
+    is_few, is_sparse = n_tokens <= FEW_TOKENS, layout.has_outliers or layout.n_columns > 0
+    blocks = blocks_for(layout, n_tokens, n_outputs)
+    y = x.new_empty((n_tokens, n_outputs))
+    sums = y  # where one launch does it all
+    if blocks.splits > 1 or (is_sparse and not is_few):
+        sums = x.new_empty((blocks.splits, n_tokens, n_outputs), dtype=torch.float32)
+    arguments = (x, section, _constants(x.device), sums, offsets, n_tokens, n_outputs)
+    sizes: dict[str, Any] = {"L": layout, "BLOCK_M": blocks.tokens, "BLOCK_N": blocks.outputs, **FUSED}
+    options = {
+        "BLOCK_K": blocks.inputs,
+        "SPLITS": blocks.splits,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+    grid = triton.cdiv(n_outputs, blocks.outputs), blocks.splits
+    if is_few:
+        multiply_rows[grid](*arguments, **sizes, **options)
+    else:
+        tiles = triton.cdiv(n_tokens, blocks.tokens), *grid
+        multiply_tiles[tiles](*arguments, **sizes, DOT=_dot_dtype(x.dtype), **options)
+        if is_sparse:
+            sizes |= {"BLOCK_M": SPARSE[0], "BLOCK_N": SPARSE[1]}
+            some = triton.cdiv(n_tokens, SPARSE[0]), triton.cdiv(n_outputs, SPARSE[1])
+            add_sparse[some](x, section, sums, offsets, n_tokens, n_outputs, **sizes)
+    if sums is not y:
+        add_splits[(triton.cdiv(y.numel(), SUMS),)](sums, y, y.numel(), SPLITS=blocks.splits, BLOCK=SUMS, **FUSED)
+    return y
+
+
+def decode_rows(section: Tensor, rows: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
+    """See `Kernels`."""
+    torch._assert_async(((rows >= 0) & (rows < shape[0])).all())
+    layout, offsets = layout_of(encoding, shape)
+    weight = torch.empty((len(rows), shape[1]), device=section.device)
+    if len(rows):
+        options = {"L": layout, "HAS_IDS": True, "enable_fp_fusion": False}
+        arguments = (section, _constants(section.device), rows, weight, offsets, len(rows))
+        grid = triton.cdiv(len(rows), DECODED_ROWS[0]), triton.cdiv(shape[1], DECODED_ROWS[1])
+        with on_device_of(section):
+            decode_rows_by_id[grid](*arguments, **options, BLOCK_N=DECODED_ROWS[0], BLOCK_K=DECODED_ROWS[1])
+            _decode_sparse(arguments, options)
+    return weight
+
+
+def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """See `Kernels`."""
+    layout, offsets = layout_of(encoding, shape)
+    constants = _constants(section.device)
+    weight = torch.empty(shape, dtype=dtype, device=section.device)
+    grid = triton.cdiv(shape[0], DECODED[0]), triton.cdiv(shape[1], DECODED[1])
+    exact = {"L": layout, "enable_fp_fusion": False}
+    with on_device_of(section):
+        decode_tiles[grid](
+            section, constants, weight, offsets, shape[0], **exact, BLOCK_N=DECODED[0], BLOCK_K=DECODED[1]
+        )
+        _decode_sparse((section, constants, section, weight, offsets, shape[0]), exact | {"HAS_IDS": False})
+    return weight
+
+
+def _decode_sparse(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What is stored beside the codes, into what is decoded already; the last argument is its number of rows."""
+    layout, grid = options["L"], (triton.cdiv(arguments[-1], SPARSE[0]),)
+    for kernel in [decode_outliers] * layout.has_outliers + [decode_columns] * bool(layout.n_columns):
+        kernel[grid](*arguments, **options, BLOCK_N=SPARSE[0], BLOCK_K=SPARSE[1])
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _has_tiles() -> bool:
+    """Whether Triton reaches the tensor cores: not on Turing, where decoding for cuBLAS does."""
+    return bool(triton.knobs.runtime.interpret) or triton.runtime.driver.active.get_current_target().arch >= AMPERE
+
+
+def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """That of the activations; the interpreter would multiply the bits of bfloat16 as integers."""
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+@functools.cache
+def _constants(device: torch.device) -> Tensor:
+    return torch.tensor(constants(), dtype=torch.float32, device=device)

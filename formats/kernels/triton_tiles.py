@@ -1,0 +1,51 @@
+"""Decode-multiply for many tokens: a tile of the weight is decoded once and goes through the tensor cores.
+
+Weights are rounded to the activations' dtype, as a plain matrix of that dtype would be; sums are float32.
+"""
+
+import triton
+import triton.language as tl
+
+from formats.kernels.triton_codes import input_scales_of, weights_of
+from formats.kernels.triton_rows import sparse_products
+
+
+@triton.jit
+def multiply_tiles(
+    x, section, tables, sums, offsets, n_tokens, n_outputs,
+    L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """As `multiply_rows`, products of numbers in DOT; grid: [tokens / BLOCK_M, out / BLOCK_N, SPLITS]."""
+    split = tl.program_id(2)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = rows < n_outputs
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(split * BLOCK_K, L.n_inputs, SPLITS * BLOCK_K):
+        inputs = first + tl.arange(0, BLOCK_K)
+        inside = inputs < L.n_inputs
+        at = tokens[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
+        values = tl.load(x + at, mask=(tokens < n_tokens)[:, None] & inside[None, :], other=0.0)
+        weights = weights_of(section, tables, offsets, rows, keep, first, L, BLOCK_K)
+        if L.has_input_scales:
+            weights *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
+        weights = tl.trans(weights.to(values.dtype)).to(DOT)
+        total = tl.dot(values.to(DOT), weights, total, input_precision="ieee")
+    at = (split * n_tokens + tokens[:, None]).to(tl.int64) * n_outputs + rows[None, :]
+    tl.store(sums + at, total.to(sums.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & keep[None, :])
+
+
+@triton.jit
+def add_sparse(
+    x, section, sums, offsets, n_tokens, n_outputs,
+    L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add what is stored beside the codes to sums [tokens, out] f32; grid: [tokens / BLOCK_M, out / BLOCK_N]."""
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = rows < n_outputs
+    there = (tokens < n_tokens)[:, None] & keep[None, :]
+    at = sums + tokens[:, None].to(tl.int64) * n_outputs + rows[None, :]
+    found = sparse_products(x, section, offsets, tokens, n_tokens, rows, keep, L)
+    tl.store(at, tl.load(at, mask=there, other=0.0) + found, mask=there)

@@ -1,0 +1,109 @@
+"""A file on a GPU: what is missing is said in one line; the GPU's kernels run whole models, here interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from invoke import refusal, run_qtool
+
+import formats.device
+import qtool
+from formats.kernels import registry
+
+
+@pytest.fixture
+def on_gpu_kernels(monkeypatch):
+    """Models on the CPU run by the GPU's kernels, interpreted."""
+    pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
+    registry.load_kernels.cache_clear()
+    monkeypatch.setitem(registry.MODULES, "cpu", registry.MODULES["cuda"])
+    yield
+    registry.load_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", ("--bits", "3", "--outliers", "1%")),
+        ("gpt2", ("--format", "nf4", "--double-quant", "--group-size", "64")),
+        ("gemma2", ("--format", "fitted", "--bits", "3")),
+        ("qwen2", ("--format", "trellis", "--bits", "2")),
+        ("llama", ("--method", "spqr", "--bits", "4")),
+    ],
+)
+def test_a_model_by_gpu_kernels_has_the_logits_that_the_cpu_gives(request, tiny_files, family, options):
+    model = qtool.load(tiny_files.compressed(family, *options))
+    ids = torch.arange(24).view(2, 12) % 250
+    with torch.no_grad():
+        want = model(ids).logits
+        request.getfixturevalue("on_gpu_kernels")
+        few, many = model(ids[:1, :5]).logits, model(ids).logits  # rows, and tiles
+    assert (few - want[:1, :5]).abs().max() <= 1e-4 * want.abs().max()
+    assert (many - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_another_dtype_is_that_of_all_that_is_not_packed(tiny_files):
+    path = tiny_files.compressed("llama")
+    model, half = qtool.load(path), qtool.load(path, dtype=torch.float16)
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        want, got = model(ids).logits, half(ids).logits
+    assert got.dtype == torch.float16
+    assert (got.float() - want).abs().max() <= 0.02 * want.abs().max()
+
+
+def test_a_tied_embedding_is_in_memory_once(tiny_files):
+    model = qtool.load(tiny_files.compressed("llama"))
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert head.section.data_ptr() == embedding.packed.section.data_ptr()
+
+
+def found_gpu(monkeypatch, n=1, capability=(8, 0), free=10**12):
+    """What `ready_device` alone sees: torch itself goes on without a GPU."""
+    cuda = SimpleNamespace(
+        device_count=lambda: n,
+        get_device_capability=lambda device: capability,
+        get_device_name=lambda device: "a GPU",
+        mem_get_info=lambda device: (free, free),
+    )
+    monkeypatch.setattr(formats.device, "torch", SimpleNamespace(device=torch.device, cuda=cuda))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "message"),
+    [
+        ("gpu", {}, "device 'gpu': torch knows no such device; use cpu or cuda"),
+        ("cuda", {"n": 0}, "device 'cuda': torch finds no GPU here; use cpu, or a torch that is built for CUDA"),
+        ("mps", {}, "device 'mps': there are no kernels for it; use cpu or cuda"),
+        ("cuda:3", {}, "device 'cuda:3': the last GPU here is cuda:0"),
+        (
+            "cuda",
+            {"capability": (6, 1)},
+            "device 'cuda': a GPU has compute capability 6.1, must be 7.5 or more; use cpu",
+        ),
+        ("cuda", {"free": 10}, "device 'cuda': the model takes 0.0 GB, a GPU has 0.0 GB free; use cpu, or fewer bits"),
+    ],
+)
+def test_a_device_that_cannot_run_a_file_is_refused_at_once(monkeypatch, tiny_files, device, gpu, message):
+    found_gpu(monkeypatch, **gpu)
+    command = ["generate", tiny_files.compressed("llama"), "--prompt", "the", "--device", device]
+    assert refusal(*command) == message
+
+
+def test_a_missing_triton_is_named_with_what_installs_it(monkeypatch, tiny_files):
+    found_gpu(monkeypatch)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        formats.device.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    message = "device 'cuda': triton is missing; pip install 'qtool[cuda]'"
+    assert refusal("generate", tiny_files.compressed("llama"), "--prompt", "the", "--device", "cuda") == message
+
+
+def test_a_device_is_an_option_of_generate(tiny_files):
+    command = ["generate", tiny_files.compressed("llama"), "--prompt", "the of", "--max-new-tokens", "3"]
+    assert run_qtool(*command, "--device", "cpu").stdout == run_qtool(*command).stdout
