@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
-from formats.kernels.layout import TRELLIS, Layout, constants, layout_of
+from formats.kernels.layout import BYTES, TABLE, TRELLIS, Layout, constants, layout_of
 from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
 from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
 from formats.kernels.triton_rows import add_splits, multiply_rows
@@ -26,7 +26,7 @@ PROGRAMS = 96
 MOST_SPLITS = 16
 LEAST_INPUTS = 32
 AMPERE = 80
-SPARSE = 16, 8  # tokens or rows, and outputs or outliers of a row, at a time
+SPARSE = 8, 8  # tokens or rows, and outputs or outliers of a row, at a time
 DECODED, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
 SUMS = 1024
 FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes with its version
@@ -55,6 +55,10 @@ def blocks_for(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
         outputs, inputs, warps, stages = 128 if tokens == 128 else 64, 64, 8 if tokens == 128 else 4, 3
     if few and layout.kind == TRELLIS:
         outputs, inputs = (128, 32) if tokens < 4 else (32, 64)  # 128: 16 bytes of an input's path
+    if layout.kind == BYTES and (few or tokens == 128):
+        inputs //= 2  # more spills on Turing, and on Blackwell
+    if layout.kind == TABLE and tokens == 128:
+        stages = 2  # likewise
     while outputs > 32 and triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs) < PROGRAMS:
         outputs //= 2
     inputs = max(min(inputs, triton.next_power_of_2(layout.n_inputs)), LEAST_INPUTS)
