@@ -50,14 +50,12 @@ def _keep_section(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) 
     _, ctx.section, ctx.tag = inputs
 
 
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+@functools.partial(linear.register_autograd, setup_context=_keep_section)
+def _(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     """At x: what is packed has none."""
     encoding, shape = from_tag(ctx.tag)
     weight = load_kernels(gradient.device.type).decode(ctx.section, encoding, shape, gradient.dtype)
     return gradient @ weight, None, None
-
-
-linear.register_autograd(_gradient, setup_context=_keep_section)
 
 
 @torch.library.custom_op("qtool::rows", mutates_args=())
