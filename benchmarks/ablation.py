@@ -28,7 +28,7 @@ SOLVER = {
     "group 16, statistics in 3 bits": ["--bits", 3, "--group-size", 16, "--stat-bits", 3],
     "0.3% outliers": [*INT, "--outliers", "0.3%"],
     "trellis, 3 bits": TRELLIS,
-    "trellis, levels and scales not refined": [*TRELLIS, "--no-scale-search"],
+    "trellis, 64 states": [*TRELLIS, "--effort", "fast"],
     "trellis, 512 states": [*TRELLIS, "--effort", "best"],
     "trellis, 0.3% outliers": [*TRELLIS, "--outliers", "0.3%"],
 }

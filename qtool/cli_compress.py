@@ -39,7 +39,7 @@ _method_options = _options(
     ),
     click.option(
         "--effort", default="default", show_default=True, metavar="[fast|default|best]",
-        help="fast: no search of ranges; best: --format trellis with its largest memory.",
+        help="fast: no search of ranges, a trellis of 64 states; best: --format trellis with 512 (256 otherwise).",
     ),
     click.option(
         "--group-size", type=int,

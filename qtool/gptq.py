@@ -19,7 +19,7 @@ from calibration.hessian import LayerStats
 from formats.layer import Layer, group_index
 from qtool.errors import QuantizeError
 from qtool.fit import fit_grid
-from qtool.grid import Grid, Trial
+from qtool.grid import Grid
 from qtool.outliers import OutlierList, OutlierRule, kept_values, relative_threshold, threshold_of_rate
 from qtool.recipe import QuantSpec
 
@@ -28,8 +28,6 @@ MAX_ELEMENTS = 1 << 22
 BLOCK_SIZE = 64
 """Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
 MAX_DAMPING_STEPS = 5
-TRIAL_ROWS = 96
-"""Rows that are solved to compare grids."""
 THRESHOLD_ROWS = 128
 """Rows that are solved to learn which error the given share of the weights exceeds."""
 SECOND_SHARE = 0.97
@@ -162,22 +160,7 @@ def fit_layer(weight: Tensor, factor: Factor, spec: QuantSpec) -> tuple[Grid, Ou
     rule = None
     if spec.keeps_outliers:
         rule = OutlierRule(_threshold(weight, factor, spec), factor.cost)
-    grid = fit_grid(weight, spec, factor.input_scales, factor.cost, _metric(factor, spec), rule)
-    return (grid.refined(_trial(weight, factor, spec, rule)) if spec.scale_search else grid), rule
-
-
-def _trial(weight: Tensor, factor: Factor, spec: QuantSpec, rule: OutlierRule | None) -> Callable[[Grid], Trial]:
-    """Solves some rows of weight [out, in] with a grid for all of it."""
-    rows = slice(None, None, max(1, len(weight) // TRIAL_ROWS))
-    stored, groups = factor.stored(weight[rows]), _groups(weight, spec)
-
-    def trial(grid: Grid) -> Trial:
-        solved, errors = _round_columns(stored, factor, grid.rows(rows), groups, rule)
-        weights = solved.decoded.clone()
-        weights[factor.perm] += errors * factor.hinv_chol.diagonal()[:, None]
-        return Trial(float(errors.square().sum()), solved.codes, weights, groups, rows)
-
-    return trial
+    return fit_grid(weight, spec, factor.input_scales, factor.cost, _metric(factor, spec), rule), rule
 
 
 def _metric(factor: Factor, spec: QuantSpec) -> Tensor | None:

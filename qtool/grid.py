@@ -23,17 +23,6 @@ SHRINK_MIN = 0.6  # a group's best range is rarely below this share of its large
 MAX_ELEMENTS = 1 << 19  # weights searched at a time: the temporaries then stay in the cache
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Trial:
-    """Some rows of a layer solved with a grid: [in, n] each, in the layer's own column order."""
-
-    cost: float  # the sum of what all errors cost
-    codes: Tensor  # u8
-    weights: Tensor  # f32: what each weight had become when it was rounded
-    groups: Tensor  # [in] i64: the group of each column
-    rows: slice  # which of the layer's
-
-
 class Grid(ABC):
     """The values that the weights of a layer can take."""
 
@@ -65,10 +54,6 @@ class Grid(ABC):
             errors[j].div_(pivots[j])
             free[j + 1 :].addr_(chol[j, j + 1 :], errors[j], alpha=-1)
         return codes, decoded, errors
-
-    def refined(self, trial: Callable[[Grid], Trial]) -> Grid:
-        """A grid that loses less, found by trial."""
-        return self
 
     @abstractmethod
     def layer(

@@ -15,7 +15,8 @@ SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
 """SpQR's near-lossless recipe (arXiv 2306.03078), statistics in sets of 16 rows; the user's own choices go first."""
 INT8 = {"format": "int", "bits": 8, "stat_bits": 0, "group_size": -1, "double_quant": False}
 """What LLM.int8() is, where it has to be said at all."""
-BEST_MEMORY = 9
+MEMORY = {"fast": 6, "default": 8, "best": 9}
+"""Path bits of a trellis: the time doubles with each, the error falls by some 2%."""
 
 
 def build_recipe(
@@ -81,8 +82,12 @@ def _linears(
         number_format = "trellis" if method == "gptq" and (effort == "best" or targeted) else "int"
     if number_format in FORMATS and number_format != "int" and chosen.get("symmetric"):
         raise ConfigError(f"--sym: {number_format} has no zeros; give --format int, or leave it out")
-    if number_format == "trellis" and effort == "best":
-        chosen["memory"] = BEST_MEMORY
+    if number_format == "trellis":
+        if "scale_search" in chosen:
+            raise ConfigError(
+                f"{_given('scale_search', chosen['scale_search'])}: a trellis has no search; leave it out"
+            )
+        chosen["memory"] = MEMORY[effort]
     if number_format == "trellis" and method == "gptq" and outliers is None and "outlier_threshold" not in chosen:
         chosen["outliers_pay"] = True  # a path has no level for a weight far from all others
     if effort == "fast":

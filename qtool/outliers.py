@@ -21,6 +21,7 @@ from formats.layer import SparseOutliers
 
 FP16_MAX = 65504.0
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-6, 1e6
+AIM, ENOUGH = 0.97, 0.94  # of a rate: what a step of the search aims at, and what ends it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,9 +81,10 @@ def relative_threshold(weight: Tensor, cost: Tensor) -> float:
 
 
 def threshold_of_rate(rate: float, share: Callable[[float], float]) -> float:
-    """The least threshold at which `share`, which falls as it rises, is at most `rate`, to a factor of 1.05.
+    """A threshold at which `share`, which falls as it rises, is at most `rate` and not far below it.
 
-    Not below MIN_THRESHOLD, nor much above MAX_THRESHOLD.
+    Less than a factor of 1.05 above the least such threshold, or with ENOUGH of the rate. Not below MIN_THRESHOLD, nor
+    much above MAX_THRESHOLD. Each share is a solve, so steps go where a power law through both ends has the rate.
     """
     share = functools.cache(share)
     high = 1 / 16
@@ -90,8 +92,11 @@ def threshold_of_rate(rate: float, share: Callable[[float], float]) -> float:
         high *= 4
     while share(low := high / 4) <= rate and low > MIN_THRESHOLD:
         high = low
-    while high / low > 1.05:
-        middle = (low * high) ** 0.5
+    while high / low > 1.05 and share(high) < ENOUGH * rate:
+        at, many, few = 0.5, share(low), share(high)
+        if many > rate > few > 0:
+            at = min(max(math.log(many / (AIM * rate)) / math.log(many / few), 0.2), 0.8)
+        middle = low * (high / low) ** at
         low, high = (middle, high) if share(middle) > rate else (low, middle)
     return high
 

@@ -63,6 +63,8 @@ class QuantSpec:
         if self.method != "gptq":  # these steer the solver: a file must not claim what was not done
             for option in _SOLVER_OPTIONS:
                 object.__setattr__(self, option, False)
+        if self.format == "trellis":  # its scales follow from the spread of the weights
+            object.__setattr__(self, "scale_search", False)
         if self.method == "int8":
             for option, value in (("format", "int"), ("bits", 8), ("group_size", -1), ("symmetric", True)):
                 object.__setattr__(self, option, value)

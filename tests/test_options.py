@@ -103,9 +103,9 @@ def test_a_trellis_keeps_what_is_out_of_its_reach():
     assert not linears(number_format="trellis", method="rtn").keeps_outliers
 
 
-def test_effort_fast_searches_no_ranges():
+def test_effort_fast_searches_no_ranges_and_fewer_states():
     assert linears(effort="fast") == QuantSpec(scale_search=False)
-    assert linears(effort="fast", number_format="trellis") == dataclasses.replace(TRELLIS, scale_search=False)
+    assert linears(effort="fast", number_format="trellis") == dataclasses.replace(TRELLIS, memory=6)
 
 
 def test_a_search_that_is_asked_for_is_made_even_in_haste():
@@ -240,6 +240,11 @@ def test_the_output_is_named_for_the_model_and_its_bits(tmp_path):
             "--double-quant: --method int8 has 8 bits in rows; leave it out",
         ),
         ({"number_format": "nf4", "symmetric": True}, "--sym: nf4 has no zeros; give --format int, or leave it out"),
+        (
+            {"number_format": "trellis", "scale_search": False},
+            "--no-scale-search: a trellis has no search; leave it out",
+        ),
+        ({"effort": "best", "scale_search": True}, "--scale-search: a trellis has no search; leave it out"),
         ({"target_bits": 4.0, "symmetric": True}, "--sym: trellis has no zeros; give --format int, or leave it out"),
         ({"fused": True}, "--fused: holds what a target spreads together; give --target-size or --target-bits"),
         ({"method": "int8", "bits": 4}, "--bits 4: --method int8 has 8 bits in rows; leave it out"),
