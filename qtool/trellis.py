@@ -27,7 +27,7 @@ from qtool.statistics import FP16_TINY, by_row, round_two_level
 TAIL = 5.0
 WIDENING = (1.12, 1.05, 1.1, 1.15, 1.2, 1.25)
 """By bits, of the scales: a weight has taken up the errors of others by the time it is rounded, and the wider its
-levels reach, the fewer outliers are kept. On the reference model errors at equal bytes fall by 1% at 2 bits, by 20% at 6."""
+levels reach, the fewer outliers are kept. At equal bytes, errors of the reference model fall by 1% (2 bits) to 20%."""
 MAX_THREADS = numba.get_num_threads()
 TRAINING_SAMPLE = 1 << 15
 TRAINING_STEPS = 12
