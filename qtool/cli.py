@@ -12,7 +12,7 @@ from qtool import __version__
 from qtool.cli_compress import compress
 from qtool.cli_eval import evaluate
 from qtool.cli_group import CommandGroup
-from qtool.cli_options import emit, json_option, text_field_option
+from qtool.cli_options import emit, json_option, kv_bits_option, text_field_option
 from qtool.cli_plot import plot
 
 
@@ -93,13 +93,14 @@ def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> No
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: most likely.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For a temperature above 0.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@kv_bits_option
 @json_option
 def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """Continue a prompt with the model in FILE.
 
     \b
     qtool generate model.qtm --prompt "The capital of France is"
-    qtool generate model.qtm --prompt "Once upon a time" --temperature 0.7 --device cuda
+    qtool generate model.qtm --prompt "Once upon a time" --temperature 0.7 --device cuda --kv-bits 4
     """
     from qtool import commands
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from qtool.cli_options import emit, json_option, text_field_option
+from qtool.cli_options import emit, json_option, kv_bits_option, text_field_option
 
 _SAMPLE_OPTIONS = (
     click.option("--data", default="builtin:test", show_default=True, metavar="SOURCE", help="Text, as --calibration."),
@@ -46,6 +46,7 @@ def evaluate() -> None:
 @click.argument("model")
 @sample_options
 @click.option("--baseline", metavar="MODEL", help="Model or file to compare with: KL divergence and agreement.")
+@kv_bits_option
 @json_option
 def perplexity(model: str, baseline: str | None, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL (a folder, hub id, GGUF or .qtm file), by the protocol of the GPTQ paper or of llama.cpp.
@@ -55,6 +56,7 @@ def perplexity(model: str, baseline: str | None, as_json: bool, **options: Any) 
     qtool eval perplexity model.qtm --data text.txt --seq-len 1024 --max-windows 16
     qtool eval perplexity model.qtm --data wiki.test.txt --protocol llama.cpp -c 512
     qtool eval perplexity model.qtm --data text.txt --stride 512
+    qtool eval perplexity model.qtm --baseline model.qtm --kv-bits 4     # what the cache alone costs
 
     The two protocols give the same model different numbers, so the output names the one it used. What follows +/- is
     one standard error. With gptq it is taken over windows, since tokens in a row are hard together (with fewer than 10

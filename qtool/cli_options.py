@@ -14,6 +14,10 @@ text_field_option = click.option(
     show_default=True,
     help="Field of .jsonl and .parquet files that holds the text.",
 )
+kv_bits_option = click.option(
+    "--kv-bits", type=click.Choice(["4", "8"]), callback=lambda context, option, value: value and int(value),
+    help="Keys and values as a cache in so many bits holds them.  [default: as they are]",
+)  # fmt: skip
 
 
 def emit(values: dict[str, Any], text: str, as_json: bool) -> None:

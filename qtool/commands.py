@@ -157,12 +157,16 @@ def _labels(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{label} ×{n}" for label, n in sorted(Counter(map(label, rows)).items())]
 
 
-def run_perplexity(model: str, *, baseline: str | None, data: str, text_field: str, **protocol: Any) -> dict[str, Any]:
+def run_perplexity(
+    model: str, *, baseline: str | None, data: str, text_field: str, kv_bits: int | None, **protocol: Any
+) -> dict[str, Any]:
     asked = Protocol(**protocol)
     with quiet_transformers():
         checkpoint = open_checkpoint(model)
         base = None if baseline is None else open_checkpoint(baseline)
-        result = evaluate_perplexity(checkpoint, baseline=base, data=data, text_field=text_field, protocol=asked)
+        result = evaluate_perplexity(
+            checkpoint, baseline=base, data=data, text_field=text_field, protocol=asked, kv_bits=kv_bits
+        )
     return {"model": model} | result.to_dict()
 
 
@@ -175,6 +179,8 @@ def format_perplexity(result: dict[str, Any]) -> str:
             f"KL          mean {result['kl_mean']:.5f} nats, 99th percentile {result['kl_p99']:.5f}",
             f"same top    {result['same_top']:.2%} of the tokens",
         ]
+    if "kv_bits" in result:
+        lines.append(f"KV cache    {result['kv_bits']} bits")
     return "\n".join([*lines, *_sample_lines(result)])
 
 
@@ -247,12 +253,20 @@ def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, te
 
 
 def run_generate(
-    file: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, device: str = "cpu"
+    file: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str = "cpu",
+    kv_bits: int | None = None,
 ) -> str:
     """The continuation alone."""
     import torch
 
     from formats.embedded import load_tokenizer
+    from formats.kv_cache import PackedCache
     from formats.loader import load
 
     if not file.is_file():
@@ -262,13 +276,17 @@ def run_generate(
         tokenizer, model = load_tokenizer(file), load(file, device=device)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         _check_length(inputs["input_ids"].shape[1], max_new_tokens, model.config)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        options: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        )
+        if kv_bits is not None:
+            options["past_key_values"] = PackedCache(model.config, kv_bits)
         ids = model.generate(  # type: ignore[operator]
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+            **options,
         )
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

@@ -65,6 +65,7 @@ class PerplexityResult(Result):
     kl_mean: float | None = None
     kl_p99: float | None = None
     same_top: float | None = None  # share of positions where both models' most likely token is the same
+    kv_bits: int | None = None  # of the keys and values that the model reads; None: as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +90,15 @@ def evaluate_perplexity(
     protocol: Protocol | None = None,
     baseline: Checkpoint | None = None,
     text_field: str = "text",
+    kv_bits: int | None = None,
 ) -> PerplexityResult:
-    """Perplexity of `checkpoint` on the text `data`, with `baseline` compared token by token."""
+    """Perplexity of `checkpoint` on the text `data`, with `baseline` compared token by token.
+
+    kv_bits: of the keys and values that `checkpoint` reads, as `generate` caches them; the baseline's are as they are.
+    """
     started = time.perf_counter()
-    models = [BlockwiseModel(c) for c in (checkpoint, baseline) if c is not None]
+    models = [BlockwiseModel(checkpoint, kv_bits=kv_bits)]
+    models += [] if baseline is None else [BlockwiseModel(baseline)]
     windows = _windows(models, data, text_field, protocol or Protocol())
     with exact_float32():
         parts = (token_scores(*predictions) for predictions in _predictions(models, windows))
@@ -105,7 +111,10 @@ def evaluate_perplexity(
         figures["kl_p99"] = float(np.percentile(scores["kl"], 99))
         figures["same_top"] = float(scores["same_top"].mean())
     return PerplexityResult(
-        perplexity=perplexity(scores["nll"], stretches), **figures, **_common(windows.sample, stretches, started)
+        perplexity=perplexity(scores["nll"], stretches),
+        kv_bits=kv_bits,
+        **figures,
+        **_common(windows.sample, stretches, started),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from formats.errors import error_context
+from formats.kv_cache import PackedCache
 from formats.skeleton import build_skeleton, is_linear, set_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError
@@ -40,8 +41,9 @@ class _Stop(Exception):
 class BlockwiseModel:
     """The model of a checkpoint; only what is inside a `with` block of `materialised` has weights."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, kv_bits: int | None = None) -> None:
+        """kv_bits: attention reads its keys and values as a cache in so many bits holds them; None: as they are."""
+        self.checkpoint, self._kv_bits = checkpoint, kv_bits
         self.skeleton = self._build()
         if checkpoint.has_own_head(self.skeleton):
             # config.json says that the head is the embedding, the weights say that it is not: the weights are right.
@@ -166,8 +168,12 @@ class BlockwiseModel:
 
         with self._patched(record):
             try:
-                self.skeleton(input_ids=ids, use_cache=False)
+                self.skeleton(input_ids=ids, **self._caching())
             except _Stop as stop:
+                if self._kv_bits is not None and not any(_has_cache(call) for call in calls):
+                    raise CheckpointError(
+                        f"{self.checkpoint.name}: its blocks take no cache that --kv-bits could round; leave it out"
+                    ) from stop
                 self._remember_calls((ids.shape[0], ids.shape[1]), calls)
                 return stop.hidden.float()
         raise CheckpointError(f"{self.checkpoint.name}: its blocks were not all run; architecture not supported")
@@ -208,8 +214,22 @@ class BlockwiseModel:
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """The output of block `index`, in memory, for its input [batch, seq, hidden] seen by `embed`."""
         call = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        output = self.blocks[index](
+            hidden,
+            *map(self._emptied, call.args),
+            **{name: self._emptied(value) for name, value in call.kwargs.items()},
+        )
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    def _caching(self) -> dict[str, Any]:
+        """What makes the model hand its blocks the cache that is asked for, or none."""
+        if self._kv_bits is None:
+            return {"use_cache": False}
+        return {"use_cache": True, "past_key_values": PackedCache(self.config, self._kv_bits)}
+
+    def _emptied(self, value: Any) -> Any:
+        """What a block is called with; for a cache an empty one, since each run is of whole windows."""
+        return PackedCache(self.config, value.bits) if isinstance(value, PackedCache) else value
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [batch, seq, vocab] of the last block's output; needs `outside(head=True)`."""
@@ -242,6 +262,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists or weights(max(lists, key=lambda item: weights(item[1]))[1]) == 0:
         raise CheckpointError(f"{type(model).__name__}: no list of blocks with linear layers found in the model")
     return max(lists, key=lambda item: weights(item[1]))
+
+
+def _has_cache(call: BlockCall) -> bool:
+    return any(isinstance(value, PackedCache) for value in (*call.args, *call.kwargs.values()))
 
 
 def _same(a: Any, b: Any) -> bool:

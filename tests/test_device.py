@@ -107,3 +107,9 @@ def test_a_missing_triton_is_named_with_what_installs_it(monkeypatch, tiny_files
 def test_a_device_is_an_option_of_generate(tiny_files):
     command = ["generate", tiny_files.compressed("llama"), "--prompt", "the of", "--max-new-tokens", "3"]
     assert run_qtool(*command, "--device", "cpu").stdout == run_qtool(*command).stdout
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_a_packed_cache_is_an_option_of_generate(tiny_files, bits):
+    command = ["generate", tiny_files.compressed("llama"), "--prompt", "the of", "--max-new-tokens", "3"]
+    assert run_qtool(*command, "--kv-bits", bits).stdout.startswith("the of")

@@ -5,10 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from invoke import qtool_json, run_qtool
+from invoke import qtool_json, refusal, run_qtool
 from tiny import load_reference
 
 import qtool as api
+from formats.kv_cache import PackedCache
 from qtool import evaluate, states
 from qtool.checkpoint import open_checkpoint
 from qtool.numerics import exact_float32
@@ -47,6 +48,29 @@ def test_perplexity_is_the_plain_one(tiny_files, family):
     assert result["perplexity"] == pytest.approx(perplexity_of(logs, ids), rel=1e-5)
     assert (result["windows"], result["tokens"]) == (len(ids), len(ids) * (SEQ_LEN - 1))
     assert result["data_sha256"] == hashlib.sha256(tiny_files.text.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gptj", "gpt_neox", "opt", "mixtral"])
+def test_rounded_keys_and_values_are_those_of_a_cache(tiny_files, family, bits):
+    folder, ids = tiny_files.model(family), windows_of(tiny_files)[:6]
+    model = load_reference(folder)
+    with exact_float32(), torch.no_grad():
+        logits = model(ids, past_key_values=PackedCache(model.config, bits)).logits
+        plain = perplexity_of(log_probs(model, ids), ids)
+    options = ("--data", tiny_files.text, "--seq-len", SEQ_LEN, "--max-windows", 6)
+    result = qtool_json("eval", "perplexity", folder, *options, "--kv-bits", bits, "--baseline", folder)
+    want = perplexity_of(torch.log_softmax(logits[:, :-1].double(), -1), ids)
+    assert result["perplexity"] == pytest.approx(want, rel=1e-5)
+    assert result["baseline_perplexity"] == pytest.approx(plain, rel=1e-5)
+    assert (result["kv_bits"], result["kl_mean"] > 0) == (bits, True)
+
+
+def test_a_model_that_reads_no_cache_is_refused(tiny_files, monkeypatch):
+    monkeypatch.setattr("qtool.model._has_cache", lambda call: False)
+    folder = tiny_files.model("llama")
+    command = ["eval", "perplexity", folder, "--data", tiny_files.text, "--seq-len", SEQ_LEN, "--kv-bits", 4]
+    assert refusal(*command) == f"{folder}: its blocks take no cache that --kv-bits could round; leave it out"
 
 
 def test_max_windows_takes_the_first_ones(tiny_files):

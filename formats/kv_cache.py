@@ -1,0 +1,117 @@
+"""A transformers cache that keeps keys and values in 4 or 8 bits.
+
+As FlexGen does it (arXiv 2303.06865): groups of up to 64 along the head dimension, each with its smallest value and a
+step. A token is rounded once, when it arrives, and attention reads it as it was rounded, so that what a window scores
+at once and what is generated token by token are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from formats.errors import KernelError
+
+KV_BITS = (4, 8)
+MAX_GROUP = 64
+FP16_MAX = 65504.0
+
+
+class PackedCache(DynamicCache):
+    """The cache of one `generate` or of one forward: `model.generate(past_key_values=PackedCache(config, 4))`.
+
+    Grouped queries, sliding windows, beams and cropping are as in transformers' own, from which all but the rounding
+    is. KernelError where the model keeps no keys and values, or other bits are asked for.
+    """
+
+    def __init__(self, config: PreTrainedConfig, bits: int) -> None:
+        if bits not in KV_BITS:
+            raise KernelError(f"kv_bits={bits}: must be 4 or 8")
+        super().__init__(config=config)
+        self.bits = bits
+        self.layers = [_packed(layer, bits) for layer in self.layers]
+        if not any(isinstance(layer, _PackedRows) for layer in self.layers):
+            raise KernelError(f"kv_bits={bits}: {config.model_type} has no cache of keys and values to round")
+
+    @property
+    def n_bytes(self) -> int:
+        """What keys and values take."""
+        packed = (layer for layer in self.layers if isinstance(layer, PackedLayer | PackedSlidingWindowLayer))
+        held = (states for layer in packed for states in (layer.keys, layer.values))
+        return sum(states.nbytes for states in held if states is not None)
+
+
+class _PackedRows:
+    """Put before a layer of transformers: its `keys` and `values` are packed rows, which it joins, cuts and moves."""
+
+    bits: int
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        packed = [pack_rows(states, self.bits) for states in (key_states, value_states)]
+        keys, values = super().update(*packed, *args, **kwargs)  # type: ignore[misc]
+        return unpack_rows(keys, self.bits, key_states), unpack_rows(values, self.bits, value_states)
+
+
+class PackedLayer(_PackedRows, DynamicLayer):
+    """Attention over all tokens."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bits = bits
+
+
+class PackedSlidingWindowLayer(_PackedRows, DynamicSlidingWindowLayer):
+    """Attention over the last tokens."""
+
+    def __init__(self, sliding_window: int, bits: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.bits = bits
+
+
+def _packed(layer: Any, bits: int) -> Any:
+    """The packed form of a layer; those that hold anything else than keys and values stay."""
+    if type(layer) is DynamicLayer:
+        return PackedLayer(bits)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return PackedSlidingWindowLayer(layer.sliding_window, bits)
+    return layer
+
+
+def group_of(n: int) -> int:
+    """The largest group that divides a head of dimension n, at most MAX_GROUP."""
+    return next(group for group in range(min(n, MAX_GROUP), 0, -1) if n % group == 0)
+
+
+def pack_rows(states: Tensor, bits: int) -> Tensor:
+    """Rows [..., n] as bytes [..., m] u8: codes (two in a byte for 4 bits, the first one low), steps, smallest values.
+
+    Steps and smallest values are fp16, one of each for a group; codes are chosen against them as stored.
+    """
+    grouped = states.float().clamp(-FP16_MAX, FP16_MAX).unflatten(-1, (-1, group_of(states.shape[-1])))
+    low, high = grouped.aminmax(dim=-1, keepdim=True)
+    low = low.half()
+    step = ((high - low) / (2**bits - 1)).clamp_(0, FP16_MAX).half()
+    divisor = step.float().where(step > 0, 1.0)  # all values alike: their code is 0
+    codes = ((grouped - low) / divisor).round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+    if bits == 4:
+        codes = pad(codes, (0, codes.shape[-1] % 2))
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return torch.cat([codes, step.flatten(-2).view(torch.uint8), low.flatten(-2).view(torch.uint8)], dim=-1)
+
+
+def unpack_rows(rows: Tensor, bits: int, like: Tensor) -> Tensor:
+    """What `pack_rows` made of states with the last dimension and the dtype of `like`."""
+    n = like.shape[-1]
+    n_codes, n_groups = -(-n * bits // 8), n // group_of(n)
+    codes = rows[..., :n_codes]
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :n]
+    statistics = rows[..., n_codes:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()[..., None]
+    step, low = statistics[..., :n_groups, :], statistics[..., n_groups:, :]
+    values: Tensor = codes.unflatten(-1, (n_groups, -1)) * step + low
+    return values.flatten(-2).to(like.dtype)

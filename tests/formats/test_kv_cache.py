@@ -1,0 +1,93 @@
+"""Keys and values in 4 and 8 bits: what a row becomes, and that a model with it is the same however it is run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qtool
+from formats.errors import KernelError
+from formats.kv_cache import PackedCache, group_of, pack_rows, unpack_rows
+
+
+def round_trip(states, bits):
+    return unpack_rows(pack_rows(states, bits), bits, states)
+
+
+def test_a_row_by_hand():
+    """Step (7 - -8) / 15 = 1 and smallest value -8, so codes are values + 8; fp16 1.0 is 0x3c00, -8.0 is 0xc800."""
+    row = torch.tensor([[-8.0, 7.0, 0.0, 1.2]])
+    assert pack_rows(row, 4).tolist() == [[0xF0, 0x98, 0x00, 0x3C, 0x00, 0xC8]]
+    assert round_trip(row, 4).tolist() == [[-8.0, 7.0, 0.0, 1.0]]
+
+
+def test_groups_divide_the_head():
+    assert [group_of(n) for n in (8, 64, 80, 96, 128, 192, 256)] == [8, 64, 40, 48, 64, 64, 64]
+
+
+@pytest.mark.parametrize(("bits", "per_value"), [(4, 4.5), (8, 8.5)])
+def test_bits_of_a_value(bits, per_value):
+    assert pack_rows(torch.randn(1, 2, 3, 128), bits).nbytes * 8 == per_value * 2 * 3 * 128
+
+
+@given(
+    st.integers(1, 130), st.sampled_from([4, 8]), st.sampled_from([torch.float32, torch.float16]), st.floats(-3, 4),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_no_value_is_off_by_more_than_half_a_step(n, bits, dtype, magnitude, seed):
+    """Half a step, and what rounding the step and the smallest value to fp16 moves all of them by."""
+    states = (torch.randn(2, 3, n, generator=torch.Generator().manual_seed(seed)) * 10**magnitude).to(dtype)
+    groups = states.float().unflatten(-1, (-1, group_of(n)))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    spread, largest = high - low, torch.maximum(low.abs(), high.abs())
+    error = (round_trip(states, bits).float().unflatten(-1, (-1, group_of(n))) - groups).abs()
+    in_fp16 = 2.0**-10 * (spread + largest) + 2**bits * 2.0**-24
+    assert (error <= spread / (2**bits - 1) / 2 + in_fp16).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e30, math.inf])
+def test_a_group_of_equal_values_is_kept_as_far_as_fp16_reaches(value):
+    assert (round_trip(torch.full((1, 70), value), 4) == max(min(value, 65504.0), -65504.0)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "gptj"])
+def test_token_by_token_is_as_all_at_once(tiny_files, family, bits):
+    """Windows of 16 slide (mistral, gemma2) over 40 tokens."""
+    model = qtool.load(tiny_files.compressed(family))
+    ids = torch.arange(80).view(2, 40) * 3 % 250
+    with torch.no_grad():
+        plain = model(ids).logits
+        whole = model(ids, past_key_values=PackedCache(model.config, bits)).logits
+        cache = PackedCache(model.config, bits)
+        steps = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([7, *[1] * 33], 1)], 1)
+    torch.testing.assert_close(steps, whole, rtol=1e-3, atol=1e-3)
+    apart = ((whole - plain).norm() / plain.norm()).item()
+    assert 0 < apart < {4: 0.3, 8: 0.02}[bits]
+
+
+def test_beams_are_reordered(tiny_files):
+    model = qtool.load(tiny_files.compressed("llama"))
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    ids = torch.arange(5)[None]
+    by_cache = model.generate(ids, past_key_values=PackedCache(model.config, 8), **options)
+    assert torch.equal(by_cache, model.generate(ids, **options))
+
+
+def test_what_it_takes_is_counted(tiny_files):
+    model = qtool.load(tiny_files.compressed("llama"))
+    cache = PackedCache(model.config, 4)
+    with torch.no_grad():
+        model(torch.arange(10)[None], past_key_values=cache)
+    n_values = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 10 * 8
+    assert cache.n_bytes == n_values // 8 * (4 + 4)  # heads of 8: 4 bytes of codes, a step and a smallest value
+
+
+def test_other_bits_are_refused(tiny_files):
+    config = qtool.load(tiny_files.compressed("llama")).config
+    with pytest.raises(KernelError, match=r"^kv_bits=3: must be 4 or 8$"):
+        PackedCache(config, 3)
