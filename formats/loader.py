@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from formats.device import default_dtype, ready_device
 from formats.embedded import GENERATION_CONFIG, generation_config, model_config, refused
-from formats.encoding import Arrays, MatrixEncoding, Shape
+from formats.encoding import Arrays, MatrixEncoding
 from formats.errors import FormatError, error_context
 from formats.header import TensorEntry
 from formats.kernels.cpu import as_tensors
 from formats.kernels.layout import layout_of
-from formats.kernels.ops import linear, rows, tag_of
+from formats.modules import owner_of, put_section, takes_sections
 from formats.reader import QtmFile, verify_file
 from formats.section import part_arrays
-from formats.skeleton import build_skeleton, is_linear, parameter_names, set_tensor, split_name
+from formats.skeleton import build_skeleton, parameter_names, set_tensor
 
 
 def load(
@@ -75,59 +75,6 @@ def _checked_arrays(file: QtmFile, entry: TensorEntry) -> Arrays:
     return arrays
 
 
-class QuantLinear(nn.Module):
-    """y = x @ decode(W).T + b over a section as it lies in the file, decoded on each call."""
-
-    section: Tensor
-
-    def __init__(self, section: Tensor, shape: Shape, encoding: MatrixEncoding, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.encoding = encoding
-        self._tag = tag_of(encoding, shape)
-        self.register_buffer("section", section, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows [...] i64 of the decoded weight: [..., in] f32."""
-        return cast(Tensor, rows(ids, self.section, self._tag))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = cast(Tensor, linear(x, self.section, self._tag))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.encoding}"
-
-
-class QuantEmbedding(nn.Embedding):
-    """An embedding whose rows are decoded as they are looked up. Made by `_quantize_in_place` only."""
-
-    packed: QuantLinear
-    dtype: torch.dtype
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Empty: subclasses ask it for the dtype and device that rows come in."""
-        return self.packed.section.new_empty(0, dtype=self.dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.packed.rows(ids).to(self.dtype)
-
-
-def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear, dtype: torch.dtype) -> None:
-    """Turn `embedding` into a QuantEmbedding. What its own class adds (Gemma's scale, OPT's offset) stays.
-
-    Such a class calls `super().forward(ids)`; with QuantEmbedding behind it in the method resolution order,
-    that is our look-up instead of torch's.
-    """
-    own = type(embedding)
-    bases = (QuantEmbedding,) if own is nn.Embedding else (own, QuantEmbedding)
-    del embedding.weight
-    embedding.__class__ = type(f"Quant{own.__name__}", bases, {})
-    embedding.packed, embedding.dtype = packed, dtype  # type: ignore[assignment]
-
-
 def _install(
     model: PreTrainedModel,
     names: list[str],
@@ -139,33 +86,13 @@ def _install(
     """Give a tensor to the model under all its names: a tied one is on the device once."""
     section: Tensor | None = None
     for name in names:
-        owner, leaf = split_name(name)
-        module = _owner(model, name, entry, file)
-        is_packed = isinstance(entry.encoding, MatrixEncoding) and leaf == "weight"
-        if not is_packed or not (is_linear(module) or isinstance(module, nn.Embedding)):
+        with error_context(f"{file.label}: {entry.label}"):
+            module = owner_of(model, name, entry.shape[::-1] if entry.transposed else entry.shape)
+        encoding = entry.encoding
+        if not isinstance(encoding, MatrixEncoding) or not takes_sections(module, name):
             set_tensor(model, name, decode_tensor(file, entry).to(device, dtype))
             continue
-        encoding = cast(MatrixEncoding, entry.encoding)
         if device.type != "cpu":
             layout_of(encoding, entry.shape)  # refuses what no kernel takes
         section = section_tensor(file, entry).to(device) if section is None else section
-        if is_linear(module):
-            bias = cast(Any, module).bias
-            model.set_submodule(owner, QuantLinear(section, entry.shape, encoding, bias))
-        else:
-            packed = QuantLinear(section, entry.shape, encoding, None)
-            _quantize_in_place(cast(nn.Embedding, module), packed, dtype)
-
-
-def _owner(model: PreTrainedModel, name: str, entry: TensorEntry, file: QtmFile) -> nn.Module:
-    """The module that has the parameter or buffer `name`, of the shape of `entry`."""
-    owner, leaf = split_name(name)
-    try:
-        module = model.get_submodule(owner)
-        expected = cast(Tensor, (module._parameters | module._buffers)[leaf]).shape
-    except (AttributeError, KeyError) as error:
-        raise FormatError(f"{file.label}: {entry.label}: the model's config has no such tensor (SPEC 3.4.1)") from error
-    if tuple(expected) != (entry.shape[::-1] if entry.transposed else entry.shape):
-        want = list(expected)
-        raise FormatError(f"{file.label}: {entry.label}: the model's config implies shape {want} (SPEC 3.4.1)")
-    return module
+        put_section(model, name, section, encoding, entry.shape, dtype)

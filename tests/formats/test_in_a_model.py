@@ -20,7 +20,7 @@ import qtool as api
 from formats.encoding import Uniform
 from formats.header import TensorEntry
 from formats.layer import CodebookLinear, Layer, QuantizedLinear
-from formats.loader import QuantEmbedding, QuantLinear
+from formats.modules import QuantEmbedding, QuantLinear
 from formats.reader import QtmFile
 from formats.section import pack
 from formats.writer import Writer

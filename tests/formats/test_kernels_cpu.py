@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from formats.encoding import encoding_of
 from formats.kernels.cpu import unpack_plane
 from formats.layer import QuantizedLinear, dequantize
-from formats.loader import QuantLinear
+from formats.modules import QuantLinear
 from formats.section import pack, part_arrays
 
 

@@ -20,7 +20,7 @@ from formats.encoding import encoding_of
 from formats.kernels.cpu import Rows
 from formats.kernels.cpu_linear import hold
 from formats.layer import Layer, dequantize
-from formats.loader import QuantLinear
+from formats.modules import QuantLinear
 from formats.section import check_section, pack, part_arrays, unpack
 
 all_layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)

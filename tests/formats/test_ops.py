@@ -13,7 +13,7 @@ from formats.errors import FormatError, KernelError
 from formats.kernels.ops import from_tag, linear, rows, tag_of
 from formats.kernels.registry import MODULES, load_kernels
 from formats.layer import Layer, dequantize
-from formats.loader import QuantLinear
+from formats.modules import QuantLinear
 from formats.section import pack
 
 all_layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
