@@ -13,6 +13,8 @@ Import the module you need; nothing here imports torch or does work at import.
     writer     Writer
     reader     QtmFile, verify
     loader     a file as a transformers model (imports torch, as do the next two)
+    modules    the modules that hold sections
+    plugin     transformers' quantizer for exported folders
     device     whether a device can run a file
     kv_cache   keys and values in 4 or 8 bits
     kernels    multiplying by a section: numpy, torch, Triton

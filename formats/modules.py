@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,28 @@ from formats.skeleton import is_linear, split_name
 
 
 class QuantLinear(nn.Module):
-    """y = x @ decode(W).T + b over a section as it lies in the file, decoded on each call."""
+    """y = x @ decode(W).T + b over a section as it lies in the file, decoded on each call.
 
-    section: Tensor
+    `weight` [out, 0] has no values: a model asks it for its dtype (that of the activations), its device and its rows.
+    """
 
-    def __init__(self, section: Tensor, shape: Shape, encoding: MatrixEncoding, bias: Tensor | None) -> None:
+    weight: Tensor
+
+    def __init__(
+        self,
+        section: Tensor,
+        shape: Shape,
+        encoding: MatrixEncoding,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.encoding = encoding
         self._tag = tag_of(encoding, shape)
-        self.register_buffer("section", section)
+        # A parameter, though it is none to train: transformers ties, places and saves those.
+        self.section = nn.Parameter(section, requires_grad=False)
+        self.register_buffer("weight", torch.empty((shape[0], 0), dtype=dtype, device=section.device), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -43,15 +55,13 @@ class QuantEmbedding(nn.Embedding):
     """An embedding whose rows are decoded as they are looked up. Made by `put_section` only."""
 
     packed: QuantLinear
-    dtype: torch.dtype
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Empty: subclasses ask it for the dtype and device that rows come in."""
-        return self.packed.section.new_empty(0, dtype=self.dtype)
+        return self.packed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.packed.rows(ids).to(self.dtype)
+        return self.packed.rows(ids).to(self.packed.weight.dtype)
 
 
 def takes_sections(module: nn.Module, name: str) -> bool:
@@ -62,20 +72,27 @@ def takes_sections(module: nn.Module, name: str) -> bool:
 def put_section(
     model: PreTrainedModel, name: str, section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch.dtype
 ) -> str:
-    """Let the weight `name` of `model` be a section from now on; returns the name of the buffer that holds it.
+    """Let the weight `name` of `model` be a section from now on; returns the name of the parameter that holds it.
 
-    dtype: that of an embedding's rows.
+    dtype: of activations, and of an embedding's rows.
     """
-    owner, _ = split_name(name)
+    owner, parameter = split_name(name)[0], section_name(model, name)
     module = model.get_submodule(owner)
     if isinstance(module, nn.Embedding):
-        _quantize_in_place(module, QuantLinear(section, shape, encoding, None), dtype)
-        return f"{owner}.packed.section"
-    model.set_submodule(owner, QuantLinear(section, shape, encoding, cast(nn.Parameter | None, module.bias)))
-    return f"{owner}.section"
+        _quantize_in_place(module, QuantLinear(section, shape, encoding, None, dtype))
+    else:
+        model.set_submodule(owner, QuantLinear(section, shape, encoding, cast(Any, module).bias, dtype))
+    return parameter
 
 
-def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear, dtype: torch.dtype) -> None:
+def section_name(model: PreTrainedModel, name: str) -> str:
+    """The parameter that holds the section of the weight `name` once it has one."""
+    owner, _ = split_name(name)
+    is_embedding = isinstance(model.get_submodule(owner), nn.Embedding)
+    return f"{owner}.packed.section" if is_embedding else f"{owner}.section"
+
+
+def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear) -> None:
     """Turn `embedding` into a QuantEmbedding. What its own class adds (Gemma's scale, OPT's offset) stays.
 
     Such a class calls `super().forward(ids)`; with QuantEmbedding behind it in the method resolution order,
@@ -85,7 +102,7 @@ def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear, dtype: torc
     bases = (QuantEmbedding,) if own is nn.Embedding else (own, QuantEmbedding)
     del embedding.weight
     embedding.__class__ = type(f"Quant{own.__name__}", bases, {})
-    embedding.packed, embedding.dtype = packed, dtype  # type: ignore[assignment]
+    embedding.packed = packed
 
 
 def owner_of(model: PreTrainedModel, name: str, shape: Shape) -> nn.Module:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from formats.plugin_hook import register_when_imported
+
 __all__ = ["__version__", "load", "load_tokenizer"]
 __version__ = "0.1.0"
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from formats.loader import load
 
 _MODULES = {"load": "formats.loader", "load_tokenizer": "formats.embedded"}
+
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

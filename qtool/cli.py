@@ -110,25 +110,28 @@ def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["dense"]), required=True, help="dense: a Hugging Face folder.")
+@click.option(
+    "--to", type=click.Choice(["dense", "transformers"]), required=True,
+    help="A Hugging Face folder. dense: of decoded weights; transformers: as small as FILE, for programs that "
+    "import qtool.",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
-    help="float32 holds the decoded weights exactly.",
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="dense: of its weights.  [default: float32, which holds them exactly]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @json_option
-def export(file: Path, to: str, output: Path, dtype: str, force: bool, as_json: bool) -> None:
+def export(file: Path, to: str, output: Path, dtype: str | None, force: bool, as_json: bool) -> None:
     """Write the model in FILE as a folder that other tools load.
 
     \b
     qtool export model.qtm --to dense -o ./decoded
+    qtool export model.qtm --to transformers -o ./packed
     """
-    from formats.export.dense import export_dense
-    from formats.reader import QtmFile
+    from qtool import commands
 
-    with QtmFile.open(file) as opened:
-        names = export_dense(opened, output, dtype=dtype, overwrite=force)
+    names = commands.run_export(file, to, output, dtype=dtype, overwrite=force)
     emit({"folder": str(output), "to": to, "files": names}, f"{output}: {', '.join(names)}", as_json)
 
 

@@ -252,6 +252,19 @@ def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, te
     return [check.to_dict() for check in checks]
 
 
+def run_export(file: Path, to: str, output: Path, *, dtype: str | None, overwrite: bool) -> list[str]:
+    """The names of the folder's files."""
+    from formats.export.dense import export_dense
+    from formats.export.packed import export_packed
+
+    if to == "transformers" and dtype is not None:
+        raise ConfigError(f"--dtype {dtype}: is for --to dense; give it to from_pretrained, or leave it out")
+    with QtmFile.open(file) as opened, quiet_transformers():
+        if to == "transformers":
+            return export_packed(opened, output, overwrite=overwrite)
+        return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
+
+
 def run_generate(
     file: Path,
     prompt: str,

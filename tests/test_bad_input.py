@@ -411,7 +411,7 @@ def test_export_to_a_full_disk(tiny_files, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("formats.export.dense.save_file", full)
+    monkeypatch.setattr("formats.export.folder.save_file", full)
     message = refusal("export", tiny_files.compressed("llama"), "--to", "dense", "-o", tmp_path / "dense")
     assert message.startswith(f"{tmp_path}/dense: cannot be written (")
     assert "No space left on device" in message

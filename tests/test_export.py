@@ -11,7 +11,7 @@ from tiny import load_reference
 from transformers import AutoTokenizer
 
 import qtool as api
-from formats.export import dense
+from formats.export import folder as export_folder
 from formats.loader import decode_tensor
 from formats.reader import QtmFile
 
@@ -23,7 +23,7 @@ def export(file, folder, *options):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_shards_hold_whole_blocks(tiny_files, family, tmp_path, monkeypatch):
     """The folder loads as the single file does; the index names every tensor once."""
-    monkeypatch.setattr(dense, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(export_folder, "MAX_SHARD_BYTES", 50_000)
     file, folder = tiny_files.compressed(family), tmp_path / "dense"
     names = export(file, folder)
     shards = [name for name in names if name.endswith(".safetensors")]

@@ -97,9 +97,13 @@ def test_the_version_is_stated_once():
 
 
 def test_importing_a_stage_does_nothing():
-    """No statement at the top of a module calls anything but what defines names."""
+    """No statement at the top of a module calls anything but what defines names.
+
+    One does: `import qtool` is what makes transformers know its folders. It leaves transformers alone until then.
+    """
     for package in PACKAGES:
         for path in modules(package):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 bare = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-                assert not bare, f"{path}:{node.lineno}: runs at import"
+                if bare and ast.unparse(node) != "register_when_imported()":
+                    raise AssertionError(f"{path}:{node.lineno}: runs at import")

@@ -1,0 +1,105 @@
+"""A Hugging Face folder, written a shard at a time, that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from formats.errors import FormatError
+from formats.reader import QtmFile
+
+MAX_SHARD_BYTES = 1 << 30  # what is in memory at a time, unless one block is larger
+Tensors = dict[str, Tensor]
+
+
+def write_folder(
+    file: QtmFile, folder: Path, blocks: Iterable[Tensors], config: Mapping[str, Any], *, overwrite: bool
+) -> list[str]:
+    """Write tensors, config and the file's own tokenizer; returns the names of the folder's files.
+
+    blocks: what a shard holds together, by the names that go into the folder. Raises FormatError when the folder
+    exists, and with `overwrite` when it does not look like a model's: nothing but an earlier export is ever replaced.
+    """
+    folder = folder.resolve()
+    if folder.exists():
+        _check_replaceable(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        part = Path(scratch) / "part"
+        part.mkdir()
+        try:
+            _write_weights(part, blocks)
+        except SafetensorError as error:  # what a full disk is to safetensors
+            raise FormatError(f"{folder}: cannot be written ({error}); nothing was left behind, make room") from error
+        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name in file.files:
+            (part / name).write_bytes(file.read_file(name))
+        if folder.exists():
+            os.rename(folder, Path(scratch) / "replaced")
+        os.rename(part, folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def names_by_block(file: QtmFile) -> Iterator[list[str]]:
+    """Tensor names, those of one block together."""
+    blocks = f"{file.header.model.get('blocks')}."
+    groups: dict[str, list[str]] = {}
+    for name in file.tensors:
+        key = name.removeprefix(blocks).partition(".")[0] if name.startswith(blocks) else ""
+        groups.setdefault(key, []).append(name)
+    yield from groups.values()
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise FormatError(f"{folder}: exists already; give another folder or --force")
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise FormatError(f"{folder}: holds the working directory and is not replaced; give another folder")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    is_model = any(path.name == "config.json" for path in entries) and all(path.is_file() for path in entries)
+    if not folder.is_dir() or (entries and not is_model):
+        raise FormatError(f"{folder}: is not a model folder and is not replaced, even with --force; give another")
+
+
+def _write_weights(folder: Path, blocks: Iterable[Tensors]) -> None:
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    for index, tensors in enumerate(_shards(blocks)):
+        path = folder / f"{index}.part"
+        save_file(tensors, path, metadata={"format": "pt"})
+        shards.append((path, list(tensors)))
+        total += _n_bytes(tensors)
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, (path, names) in enumerate(shards):
+        shard = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index_json = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(blocks: Iterable[Tensors]) -> Iterator[Tensors]:
+    """Whole blocks, as many as MAX_SHARD_BYTES hold."""
+    shard: Tensors = {}
+    for tensors in blocks:
+        if shard and _n_bytes(shard) + _n_bytes(tensors) > MAX_SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard |= tensors
+    if shard:
+        yield shard
+
+
+def _n_bytes(tensors: Tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,60 @@
+"""A Hugging Face folder whose weights stay packed: `from_pretrained` loads it once qtool is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from formats.embedded import config_dict, model_config
+from formats.encoding import Dense, MatrixEncoding
+from formats.export.dense import DTYPES
+from formats.export.folder import Tensors, names_by_block, write_folder
+from formats.header import TensorEntry
+from formats.loader import decode_tensor, section_tensor
+from formats.modules import section_name, takes_sections
+from formats.plugin import METHOD
+from formats.reader import QtmFile
+from formats.skeleton import build_skeleton, split_name
+
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> list[str]:
+    """Write the folder and return the names of its files: sections as tensors of bytes, the rest as it is stored."""
+    model = build_skeleton(model_config(file))
+    packed = {name: entry for name, entry in file.tensors.items() if _is_packed(model, entry)}
+    weights: dict[str, Any] = {
+        name: entry.encoding.fields() | {"shape": list(entry.shape)} for name, entry in packed.items()
+    }
+    config = config_dict(file) | {"quantization_config": {"quant_method": METHOD, "weights": weights}}
+    return write_folder(file, folder, _blocks(file, model, packed), config, overwrite=overwrite)
+
+
+def _is_packed(model: PreTrainedModel, entry: TensorEntry) -> bool:
+    module = model.get_submodule(split_name(entry.name)[0])
+    return isinstance(entry.encoding, MatrixEncoding) and takes_sections(module, entry.name)
+
+
+def _blocks(file: QtmFile, model: PreTrainedModel, packed: dict[str, TensorEntry]) -> Iterator[Tensors]:
+    """The tensors of each block."""
+    for names in names_by_block(file):
+        dense = {
+            name: decode_tensor(file, file.tensors[name]).to(_stored_dtype(file.tensors[name]))
+            for name in names
+            if name not in packed
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, dense).items()}
+        for name in names:
+            if name in packed:
+                tensors[section_name(model, name)] = section_tensor(file, packed[name]).clone()
+        yield tensors
+        file.drop_pages()
+
+
+def _stored_dtype(entry: TensorEntry) -> torch.dtype:
+    return DTYPES[STORED[entry.encoding.dtype]] if isinstance(entry.encoding, Dense) else torch.float32
