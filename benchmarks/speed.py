@@ -18,9 +18,9 @@ from benchmarks.tools import Limits, parser, print_table, qtool
 from formats.encoding import MatrixEncoding, Shape, encoding_of
 from formats.kernels.cpu_linear import hold
 from formats.layer import QuantizedLinear
-from formats.loader import section_tensor
 from formats.reader import QtmFile, verify
 from formats.section import pack
+from formats.tensors import section_tensor
 from formats.writer import Writer
 
 REPEATS = 30

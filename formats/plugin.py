@@ -40,7 +40,7 @@ class QtoolQuantizer(HfQuantizer):
 
         for device in set(device_map.values()) if isinstance(device_map, dict) else ():
             if device != "disk":
-                ready_device(f"cuda:{device}" if isinstance(device, int) else str(device), 0)
+                ready_device(f"cuda:{device}" if isinstance(device, int) else str(device))
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         from formats.packed_model import make_room

@@ -8,9 +8,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from formats.embedded import GENERATION_CONFIG, generation_config, model_config, tokenizer_of
 from formats.encoding import Dense
-from formats.loader import decode_tensor
 from formats.reader import QtmFile
 from formats.skeleton import set_tensor
+from formats.tensors import decode_tensor
 from qtool.checkpoint import Checkpoint
 
 

@@ -93,6 +93,11 @@ def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> No
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: most likely.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For a temperature above 0.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device-map", metavar="auto", help="auto: the blocks spread over all GPUs.")
+@click.option(
+    "--offload", type=click.Choice(["host", "disk"]),
+    help="Where blocks stay that the GPU has no room for: each is copied while the one before computes.",
+)  # fmt: skip
 @kv_bits_option
 @json_option
 def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
@@ -101,6 +106,7 @@ def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     \b
     qtool generate model.qtm --prompt "The capital of France is"
     qtool generate model.qtm --prompt "Once upon a time" --temperature 0.7 --device cuda --kv-bits 4
+    qtool generate model.qtm --prompt "Once upon a time" --device cuda --offload host
     """
     from qtool import commands
 

@@ -272,8 +272,8 @@ def run_generate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    device: str = "cpu",
     kv_bits: int | None = None,
+    **placement: Any,
 ) -> str:
     """The continuation alone."""
     import torch
@@ -286,7 +286,7 @@ def run_generate(
         raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer, model = load_tokenizer(file), load(file, device=device)
+        tokenizer, model = load_tokenizer(file), load(file, **placement)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         _check_length(inputs["input_ids"].shape[1], max_new_tokens, model.config)
         options: dict[str, Any] = (

@@ -19,9 +19,9 @@ from formats.embedded import tokenizer_of
 from formats.encoding import Dense, Uniform
 from formats.errors import FormatError
 from formats.header import TensorEntry
-from formats.loader import decode_tensor
 from formats.reader import QtmFile
 from formats.skeleton import set_tensor, split_name
+from formats.tensors import decode_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError
 from qtool.gptq import output_energy, relative_error

@@ -11,7 +11,10 @@ from invoke import refusal, run_qtool
 
 import formats.device
 import qtool
+from formats.errors import KernelError
 from formats.kernels import registry
+from formats.placement import Sizes
+from formats.reader import QtmFile
 
 
 @pytest.fixture
@@ -92,6 +95,53 @@ def test_a_device_that_cannot_run_a_file_is_refused_at_once(monkeypatch, tiny_fi
     found_gpu(monkeypatch, **gpu)
     command = ["generate", tiny_files.compressed("llama"), "--prompt", "the", "--device", device]
     assert refusal(*command) == message
+
+
+@pytest.mark.parametrize(("pages", "way_out"), [(10**6, "host"), (1, "disk")])
+def test_a_model_larger_than_the_gpu_is_told_what_would_do(monkeypatch, tiny_files, pages, way_out):
+    """Room for two of three blocks, so that the third can be streamed; from the host's memory if it is free."""
+    pytest.importorskip("triton")
+    path = tiny_files.compressed("llama")
+    with QtmFile.open(path) as file:
+        sizes = Sizes.of(file)
+    found_gpu(monkeypatch, free=sizes.total - 1)
+    monkeypatch.setattr(formats.device.os, "sysconf", lambda name: pages if name == "SC_AVPHYS_PAGES" else 1)
+    message = refusal("generate", path, "--prompt", "the", "--device", "cuda")
+    assert message == (f"device 'cuda': the model takes 0.0 GB, a GPU has 0.0 GB free; --offload {way_out} would do")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--offload", "disk"), "offload='disk': is for a GPU; on the CPU the file stays mapped, leave it out"),
+        (("--device-map", "all"), "device_map='all': must be 'auto', or a device for each block"),
+        (
+            ("--device-map", "auto"),
+            "device 'cuda:0': torch finds no GPU here; use cpu, or a torch that is built for CUDA",
+        ),
+        (
+            ("--device-map", "auto", "--offload", "host"),
+            "offload='host': device_map says where everything goes; give one of the two",
+        ),
+        (
+            ("--device-map", "auto", "--device", "cuda:1"),
+            "device='cuda:1': device_map says where everything goes; give one of the two",
+        ),
+    ],
+)
+def test_placements_that_cannot_be_are_refused(tiny_files, options, message):
+    assert refusal("generate", tiny_files.compressed("llama"), "--prompt", "the", *options) == message
+
+
+def test_a_map_of_devices_is_an_argument_of_load(tiny_files):
+    path = tiny_files.compressed("llama")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        assert torch.equal(qtool.load(path, device_map={"": "cpu"})(ids).logits, qtool.load(path)(ids).logits)
+    with pytest.raises(KernelError, match=r"^device_map: 'model.layers.9' is no block; blocks are model.layers.0 to"):
+        qtool.load(path, device_map={"": "cpu", "model.layers.9": 0})
+    with pytest.raises(KernelError, match=r"^offload='tape': must be host or disk$"):
+        qtool.load(path, offload="tape")
 
 
 def test_a_missing_triton_is_named_with_what_installs_it(monkeypatch, tiny_files):

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 import qtool as api
 from formats.export import folder as export_folder
-from formats.loader import decode_tensor
 from formats.reader import QtmFile
+from formats.tensors import decode_tensor
 
 
 def export(file, folder, *options):

@@ -10,9 +10,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
 from formats.export.folder import Tensors, names_by_block, write_folder
-from formats.loader import decode_tensor
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
+from formats.tensors import decode_tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

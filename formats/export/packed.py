@@ -15,11 +15,11 @@ from formats.encoding import Dense, MatrixEncoding
 from formats.export.dense import DTYPES
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.header import TensorEntry
-from formats.loader import decode_tensor, section_tensor
 from formats.modules import section_name, takes_sections
 from formats.plugin import METHOD
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, split_name
+from formats.tensors import decode_tensor, section_tensor
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

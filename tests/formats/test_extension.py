@@ -68,7 +68,7 @@ import torch
 from formats.encoding import encoding_of
 from formats.encoding.signs import SignsLinear
 from formats.errors import FormatError
-from formats.loader import decode_tensor, section_tensor
+from formats.tensors import decode_tensor, section_tensor
 from formats.modules import QuantLinear
 from formats.reader import QtmFile, verify
 from formats.section import pack

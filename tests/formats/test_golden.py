@@ -11,8 +11,8 @@ from format_samples import MEMBERS, make_layer, same_layer
 from golden_samples import BF16_BITS, CONTENTS, F16_BITS, F32_BITS, FOLDER, write_golden
 
 from formats.encoding import ENCODINGS, MAX_BITS, MIN_BITS, Codebook, Int8Rows, Trellis, Uniform
-from formats.loader import decode_tensor
 from formats.reader import QtmFile, verify
+from formats.tensors import decode_tensor
 
 MAX_BYTES = 18000
 V1 = FOLDER / "v1.qtm"

@@ -13,9 +13,9 @@ from test_hostile import with_section
 from formats.encoding import Codebook, Encoding, Int8Rows, Trellis, Uniform, encoding_from_fields, encoding_of
 from formats.errors import FormatError
 from formats.layer import TrellisLinear
-from formats.loader import decode_tensor
 from formats.reader import QtmFile, verify
 from formats.section import pack, part_arrays
+from formats.tensors import decode_tensor
 
 NAN, INFINITE = np.float16(np.nan), np.float32(-np.inf)
 BEYOND = np.nextafter(np.float32(2.0**64), np.float32(np.inf))

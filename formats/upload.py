@@ -1,0 +1,42 @@
+"""From the mapped file to a device, through two pinned buffers: while one is being sent, the other is filled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE_BYTES = 16 << 20
+
+
+class Uploader:
+    """Copies tensors of bytes; to a GPU without waiting, ordered before what its current stream is given next."""
+
+    def __init__(self, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(2)]
+        self._sent: list[Any] = [None, None]  # events: when a buffer has been read
+        self._next = 0
+
+    def put(self, source: Tensor) -> Tensor:
+        """source [bytes] u8 on the CPU: the same on the device."""
+        target = torch.empty_like(source, device=self._device)
+        piece_bytes = len(self._buffers[0])
+        for piece, into in zip(source.split(piece_bytes), target.split(piece_bytes), strict=True):
+            buffer = self._free_buffer()[: len(piece)]
+            buffer.copy_(piece)
+            into.copy_(buffer, non_blocking=True)
+            self._record()
+        return target
+
+    def _free_buffer(self) -> Tensor:
+        if self._sent[self._next] is not None:
+            self._sent[self._next].synchronize()
+        return self._buffers[self._next]
+
+    def _record(self) -> None:
+        if self._on_gpu:
+            self._sent[self._next] = event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+        self._next = 1 - self._next

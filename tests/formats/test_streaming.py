@@ -1,0 +1,126 @@
+"""Loading to devices and block by block, on what is here: the CPU, and meta, which computes shapes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import formats.build
+import qtool
+from formats.build import build_model
+from formats.errors import KernelError
+from formats.modules import QuantLinear
+from formats.placement import Placement, Sizes
+from formats.reader import QtmFile
+from formats.streaming import BlockStreamer
+from formats.upload import Uploader
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+IDS = torch.arange(24).view(2, 12) * 7 % 250
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 15, 16, 17, 32, 33, 100])
+def test_pieces_arrive_whole(n_bytes):
+    source = torch.arange(n_bytes, dtype=torch.uint8)
+    assert torch.equal(Uploader(CPU, piece_bytes=16).put(source), source)
+
+
+def built(path, placement, **options):
+    file = QtmFile.open(path)
+    return build_model(file, Sizes.of(file), placement, torch.float32, **options)
+
+
+def streaming(*blocks):
+    return Placement(CPU, (CPU,) * 3, frozenset(blocks))
+
+
+@pytest.mark.parametrize("in_host_memory", [True, False], ids=["host", "disk"])
+@pytest.mark.parametrize("blocks", [(1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_streamed_blocks_compute_what_they_would_if_they_stayed(tiny_files, family, blocks, in_host_memory):
+    """Three forwards: an odd number of blocks takes the two slots in turn, also from the last to the first."""
+    path = tiny_files.compressed(family)
+    want, model = qtool.load(path), built(path, streaming(*blocks), in_host_memory=in_host_memory)
+    for ids in (IDS, IDS[:1], IDS + 1):
+        assert torch.equal(model(ids).logits, want(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(IDS[:1], **options), want.generate(IDS[:1], **options))
+
+
+@torch.no_grad()
+def test_two_blocks_are_there_at_a_time_and_each_is_copied_once_a_forward(tiny_files, monkeypatch):
+    copied = []
+    copy = BlockStreamer._copy
+    monkeypatch.setattr(
+        BlockStreamer, "_copy", lambda self, index, slot: (copied.append((index, slot)), copy(self, index, slot))[1]
+    )
+    model = built(tiny_files.compressed("llama"), streaming(0, 1, 2))
+    model(IDS)
+    model(IDS)
+    assert copied == [(0, 0), (1, 1), (2, 0), (0, 1), (1, 0), (2, 1), (0, 0)]
+    held = {m.section.untyped_storage().data_ptr() for m in model.model.layers.modules() if isinstance(m, QuantLinear)}
+    assert len(held) == 2
+
+
+@torch.no_grad()
+def test_blocks_out_of_turn(tiny_files):
+    path = tiny_files.compressed("llama")
+    want, model = qtool.load(path), built(path, streaming(0, 1, 2))
+    x, mlp = torch.randn(1, 3, 32), [2, 0, 1, 1, 2]
+    rotary = model.model.rotary_emb(x, torch.arange(3)[None])
+    for index in mlp:
+        got, expected = (m.model.layers[index](x, position_embeddings=rotary) for m in (model, want))
+        assert torch.equal(got, expected)
+
+
+def test_a_copy_that_fails_is_told_where_the_block_is_used(tiny_files, monkeypatch):
+    def fail(self, index, slot):
+        raise OSError("the disk is gone")
+
+    model = built(tiny_files.compressed("llama"), streaming(1))
+    monkeypatch.setattr(BlockStreamer, "_copy", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        model(IDS)
+
+
+@torch.no_grad()
+def test_inputs_follow_the_blocks_to_other_devices(tiny_files):
+    """From the second block on the model is on meta, where a forward gives the shape alone."""
+    placement = Placement(META, (CPU, META, META))
+    model = built(tiny_files.compressed("qwen2"), placement)
+    weights = [module.section.device for module in model.model.layers[0].modules() if isinstance(module, QuantLinear)]
+    assert set(weights) == {CPU}
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].device))
+    model.model.layers[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].device))
+    hidden = torch.randn(1, 4, 32)
+    rotary = model.model.rotary_emb(hidden.to(META), torch.arange(4, device=META)[None])
+    rotary = tuple(torch.zeros(part.shape) for part in rotary)
+    for layer in model.model.layers:
+        hidden = layer(hidden, position_embeddings=rotary)
+    assert seen == [CPU, META]
+    assert model.lm_head(model.model.norm(hidden)).shape == (1, 4, 260)
+    assert model.lm_head(torch.randn(1, 4, 32)).device == META
+
+
+def test_on_another_device_nothing_is_left_on_the_host(tiny_files):
+    model = built(tiny_files.compressed("gpt2"), Placement(META, (META,) * 3))
+    assert {t.device for t in (*model.parameters(), *model.buffers())} == {META}
+
+
+def test_a_layer_that_no_kernel_takes_is_decoded_with_one_warning(tiny_files, monkeypatch):
+    def refuse(encoding, shape):
+        if shape == (32, 80):  # down_proj of every block
+            raise KernelError("no kernel")
+
+    monkeypatch.setattr(formats.build, "layout_of", refuse)
+    with pytest.warns(UserWarning) as caught:
+        model = built(tiny_files.compressed("llama"), Placement(META, (META,) * 3))
+    (warning,) = caught
+    assert str(warning.message).endswith(
+        "llama.qtm: 3 layers are decoded and take 16 bits a weight, as no GPU kernel takes them; "
+        "the first is 'model.layers.0.mlp.down_proj.weight'"
+    )
+    assert isinstance(model.model.layers[1].mlp.down_proj, torch.nn.Linear)
+    assert isinstance(model.model.layers[1].mlp.up_proj, QuantLinear)
