@@ -93,7 +93,8 @@ class _Builder:
         """What is true of the whole model: buffers, hooks, and what had to be decoded."""
         self._place_buffers()
         if self._streamed:
-            BlockStreamer(list(self._streamed.values()), self._placement.outside)
+            check = (lambda: None) if self._in_host_memory else self._file.check_unchanged
+            BlockStreamer(list(self._streamed.values()), self._placement.outside, check)
         if len(self._placement.devices) > 1:
             self._move_inputs()
         if self._decoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,9 +35,13 @@ class QtmFile:
     Views that `section` returned stay valid after `close`: the mapping goes away with the last of them.
     """
 
-    def __init__(self, data: bytes | mmap.mmap, label: str, check: bool = True) -> None:
+    def __init__(self, data: bytes | mmap.mmap, label: str, check: bool = True, descriptor: int | None = None) -> None:
+        """descriptor: of the file that is mapped, to see whether it is written to; ours from now on."""
         self.label = label
         self.check = check
+        self._descriptor = descriptor
+        self._let_go = weakref.finalize(self, lambda: None if descriptor is None else os.close(descriptor))
+        self._state = self._file_state()
         self._data = data
         self._view = memoryview(data)
         self._checked: set[str] = set()
@@ -52,7 +57,8 @@ class QtmFile:
             n_bytes = os.fstat(file.fileno()).st_size
             if n_bytes < PREAMBLE_BYTES:  # an empty file cannot be mapped at all
                 return cls(file.read(PREAMBLE_BYTES), str(path), check)
-            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path), check)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return cls(mapped, str(path), check, os.dup(file.fileno()))
 
     def __enter__(self) -> QtmFile:
         return self
@@ -68,6 +74,7 @@ class QtmFile:
         if isinstance(self._data, mmap.mmap):
             with suppress(BufferError):  # a view is still in use; the mapping ends with it
                 self._data.close()
+        self._let_go()
 
     @property
     def n_bytes(self) -> int:
@@ -76,11 +83,23 @@ class QtmFile:
 
     def section(self, entry: Section) -> memoryview:
         """The bytes of a section, a read-only view of the mapping; hashed when first touched (SPEC 9.2)."""
+        self.check_unchanged()
         if self.check and entry.label not in self._checked:
             if self._sha256(entry) != entry.sha256:
                 raise FormatError(f"{self.label}: {entry.label}: does not match its SHA-256: damaged (SPEC 4.4)")
             self._checked.add(entry.label)
         return self._view[entry.offset_bytes : entry.offset_bytes + entry.n_bytes]
+
+    def check_unchanged(self) -> None:
+        """FormatError if the file has been written to since it was opened: what was checked is not what is there."""
+        if self._let_go.alive and self._file_state() != self._state:
+            raise FormatError(f"{self.label}: was written to while it was in use; load it again")
+
+    def _file_state(self) -> tuple[int, int] | None:
+        if self._descriptor is None:
+            return None
+        state = os.fstat(self._descriptor)
+        return state.st_size, state.st_mtime_ns
 
     def layer(self, name: str) -> Layer:
         """A quantized tensor as a layer; its arrays are copies."""

@@ -7,7 +7,7 @@ same steps are taken in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,7 +39,11 @@ class StreamedBlock:
 class BlockStreamer:
     """Hooks on blocks, in the order in which the model runs them."""
 
-    def __init__(self, blocks: Sequence[StreamedBlock], device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[StreamedBlock], device: torch.device, check_source: Callable[[], None] = lambda: None
+    ) -> None:
+        """check_source: raises when the sections are no longer what they were; called before each copy."""
+        self._check_source = check_source
         self._blocks, self._device, self._on_gpu = blocks, device, device.type == "cuda"
         size = max(block.n_bytes for block in blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -86,6 +90,7 @@ class BlockStreamer:
         self._coming = (index, slot, self._thread.submit(self._copy, index, slot))
 
     def _copy(self, index: int, slot: int) -> None:
+        self._check_source()
         if self._sent[slot] is not None:
             self._sent[slot].synchronize()
         if self._stream is not None and self._used[slot] is not None:

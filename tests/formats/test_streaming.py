@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 
 import formats.build
 import qtool
 from formats.build import build_model
-from formats.errors import KernelError
+from formats.errors import FormatError, KernelError
 from formats.modules import QuantLinear
 from formats.placement import Placement, Sizes
 from formats.reader import QtmFile
@@ -82,6 +85,32 @@ def test_a_copy_that_fails_is_told_where_the_block_is_used(tiny_files, monkeypat
     monkeypatch.setattr(BlockStreamer, "_copy", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         model(IDS)
+
+
+@torch.no_grad()
+def test_a_file_that_is_written_to_meanwhile_is_noticed(tiny_files, tmp_path):
+    path = shutil.copy(tiny_files.compressed("llama"), tmp_path / "copy.qtm")
+    file = QtmFile.open(path)
+    streamed, held = (
+        build_model(file, Sizes.of(file), streaming(1), None, in_host_memory=held) for held in (False, True)
+    )
+    want = held(IDS).logits
+    os.utime(path, ns=(0, 0))
+    message = f"{path}: was written to while it was in use; load it again"
+    with pytest.raises(FormatError) as caught:
+        streamed(IDS)
+    assert str(caught.value) == message
+    with pytest.raises(FormatError, match="was written to while it was in use"):
+        file.section(next(iter(file.tensors.values())))
+    assert torch.equal(held(IDS).logits, want)
+
+
+def test_a_file_that_is_replaced_meanwhile_stays_what_it_was(tiny_files, tmp_path):
+    """As qtool itself replaces one: by renaming."""
+    path = shutil.copy(tiny_files.compressed("llama"), tmp_path / "copy.qtm")
+    with QtmFile.open(path) as file:
+        os.replace(shutil.copy(tiny_files.compressed("gpt2"), tmp_path / "other.qtm"), path)
+        assert len(file.section(file.tensors["model.norm.weight"])) == 4 * 32
 
 
 @torch.no_grad()
