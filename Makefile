@@ -50,6 +50,7 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 	$(BIN)/python -m benchmarks.memory --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.hostile
+	$(BIN)/python -m benchmarks.loading
 
 frontier: $(REFERENCE) ## quality against bits, and other tools beside it: hours; rows that are measured are kept
 	$(BIN)/python -m benchmarks.frontier --model $(REFERENCE) --seed $(SEED) --peers run

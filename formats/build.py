@@ -82,7 +82,7 @@ class _Builder:
             if block in self._placement.streamed:
                 section = torch.empty(0, dtype=torch.uint8, device=device)
             elif section is None:
-                section = self._put(section_tensor(self._file, entry), device)
+                section = self._put(entry, device)
             put_section(self._model, name, section, encoding, entry.shape, self._dtype)
             if block is not None and block in self._placement.streamed:
                 self._stream(block, name, entry)
@@ -115,14 +115,20 @@ class _Builder:
                 return False
         return True
 
-    def _put(self, section: Tensor, device: torch.device) -> Tensor:
-        return section if device.type == "cpu" else self._uploaders[device].put(section)
+    def _put(self, entry: TensorEntry, device: torch.device) -> Tensor:
+        """The section on its device; on the CPU it stays in the mapped file."""
+        section, first = section_tensor(self._file, entry), entry.offset_bytes
+        if device.type == "cpu":
+            return section
+        return self._uploaders[device].put(
+            section, lambda start, stop: self._file.drop_pages(first + start, first + stop)
+        )
 
     def _dense(self, entry: TensorEntry, device: torch.device) -> Tensor:
         """The values of a tensor on its device, in the dtype of the activations."""
         if device.type == "cpu" or not isinstance(entry.encoding, Dense):
             return decode_tensor(self._file, entry).to(device, self._dtype)
-        raw = self._put(section_tensor(self._file, entry), device)  # no float32 copy on the host
+        raw = self._put(entry, device)  # no float32 copy on the host
         values = raw.view(DENSE_DTYPES[entry.encoding.dtype]).view(entry.shape).to(self._dtype)
         return values.T.contiguous() if entry.transposed else values
 

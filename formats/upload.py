@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,18 @@ class Uploader:
         self._sent: list[Any] = [None, None]  # events: when a buffer has been read
         self._next = 0
 
-    def put(self, source: Tensor) -> Tensor:
-        """source [bytes] u8 on the CPU: the same on the device."""
+    def put(self, source: Tensor, read: Callable[[int, int], None] = lambda start, stop: None) -> Tensor:
+        """source [bytes] u8 on the CPU: the same on the device.
+
+        read: told which bytes have been read and will not be again, so that a mapped file's pages can go.
+        """
         target = torch.empty_like(source, device=self._device)
         piece_bytes = len(self._buffers[0])
-        for piece, into in zip(source.split(piece_bytes), target.split(piece_bytes), strict=True):
+        pieces = zip(source.split(piece_bytes), target.split(piece_bytes), strict=True)
+        for index, (piece, into) in enumerate(pieces):
             buffer = self._free_buffer()[: len(piece)]
             buffer.copy_(piece)
+            read(index * piece_bytes, index * piece_bytes + len(piece))
             into.copy_(buffer, non_blocking=True)
             self._record()
         return target

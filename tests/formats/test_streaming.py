@@ -25,7 +25,9 @@ IDS = torch.arange(24).view(2, 12) * 7 % 250
 @pytest.mark.parametrize("n_bytes", [0, 1, 15, 16, 17, 32, 33, 100])
 def test_pieces_arrive_whole(n_bytes):
     source = torch.arange(n_bytes, dtype=torch.uint8)
-    assert torch.equal(Uploader(CPU, piece_bytes=16).put(source), source)
+    read = []
+    assert torch.equal(Uploader(CPU, piece_bytes=16).put(source, lambda *part: read.append(part)), source)
+    assert [n for part in read for n in range(*part)] == list(range(n_bytes))
 
 
 def built(path, placement, **options):
