@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from benchmarks.tools import Limits, print_table
 from formats.encoding import MatrixEncoding, Shape, Uniform
+from formats.kernels.blocks import blocks_for
 from formats.kernels.layout import layout_of
-from formats.kernels.triton_launch import blocks_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,30 @@ def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option(
+    "--tokens", default="1,16,512", show_default=True, metavar="N,N",
+    help="Tokens at a time: 1 when one text is generated, more for batches and prompts.",
+)  # fmt: skip
+@json_option
+def warm(file: Path, device: str, tokens: str, as_json: bool) -> None:
+    """Compile FILE's kernels for a GPU and find the fastest blocks, so that no first token waits for it.
+
+    \b
+    qtool warm model.qtm
+    qtool warm model.qtm --tokens 1,4,2048 --json
+
+    What is found is kept in the user's cache folder, for this kind of GPU; without it kernels run with blocks that
+    their shape suggests, and are compiled when they are first needed.
+    """
+    from qtool import commands
+
+    rows = commands.run_warm(file, device, tokens)
+    emit({"file": str(file), "kernels": rows}, commands.format_warm(rows), as_json)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--to", type=click.Choice(["dense", "transformers"]), required=True,
     help="A Hugging Face folder. dense: of decoded weights; transformers: as small as FILE, for programs that "

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from formats.device import ready_device
 from formats.reader import QtmFile
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import CheckpointError, ConfigError
@@ -250,6 +254,34 @@ def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, te
     with quiet_transformers():
         checks = verify_against(file, open_checkpoint(model), calibration, text_field)
     return [check.to_dict() for check in checks]
+
+
+def run_warm(file: Path, device: str, tokens: str) -> list[dict[str, Any]]:
+    """What was found for each class of shapes, in the order in which it was tried."""
+    from formats.warm import kinds_of, warm
+
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in tokens.split(",")]
+    if not all(0 < count <= 1 << 16 for count in counts):
+        raise ConfigError(f"--tokens {tokens}: must be numbers from 1 to {1 << 16}, as 1,16,512")
+    if ready_device(device).type == "cpu":
+        raise ConfigError("device 'cpu': has no kernels to make ready; give a GPU, as cuda")
+    with QtmFile.open(file) as opened:
+        total = len(kinds_of(opened)) * len(counts)
+    return [
+        asdict(row) for row in tqdm(warm(file, device, counts), total=total, desc="warm", unit="class", disable=None)
+    ]
+
+
+def format_warm(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        blocks, shape = row["blocks"], "x".join(map(str, row["shape"]))
+        lines.append(
+            f"{row['encoding']:9} {shape:>12} {row['tokens']:5} tokens: {row['milliseconds']:.4f} ms with "
+            f"{blocks['outputs']} outputs, {blocks['inputs']} inputs, {blocks['splits']} splits "
+            f"({row['untried_milliseconds']:.4f} untried)"
+        )
+    return "\n".join(lines)
 
 
 def run_export(file: Path, to: str, output: Path, *, dtype: str | None, overwrite: bool) -> list[str]:

@@ -1,10 +1,9 @@
-"""Which kernel with which blocks: fixed by the shape alone, so that no first token waits for a search."""
+"""Which kernel is launched with what: by the shape, so that no first token waits for a search."""
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
-from formats.kernels.layout import BYTES, TABLE, TRELLIS, Layout, constants, layout_of
+from formats.kernels.blocks import FEW_TOKENS, Blocks
+from formats.kernels.layout import constants, layout_of
 from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
 from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
 from formats.kernels.triton_rows import add_splits, multiply_rows
 from formats.kernels.triton_tiles import add_sparse, multiply_tiles
+from formats.kernels.tuning import choose
 
-FEW_TOKENS = 8
-"""Up to so many are multiplied row by row: tensor cores would have next to nothing to do."""
-PROGRAMS = 96
-"""Wanted at least: about one for each multiprocessor of a large GPU. More splits would move more sums than codes."""
-MOST_SPLITS = 16
-LEAST_INPUTS = 32
 AMPERE = 80
 SPARSE = 8, 8  # tokens or rows, and outputs or outliers of a row, at a time
 DECODED, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
@@ -32,56 +27,24 @@ SUMS = 1024
 FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes with its version
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """What one program takes, and how many programs share the inputs of an output."""
-
-    tokens: int
-    outputs: int
-    inputs: int
-    splits: int
-    warps: int
-    stages: int
-
-
-def blocks_for(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
-    """The blocks for a shape: wide ones, as long as there are programs enough, and inputs split where there are not."""
-    few = n_tokens <= FEW_TOKENS
-    if few:
-        tokens = triton.next_power_of_2(n_tokens)
-        outputs, inputs, warps, stages = 8, 1024 if tokens < 4 else 512, 4, 2
-    else:
-        tokens = min(triton.next_power_of_2(n_tokens), 128)
-        outputs, inputs, warps, stages = 128 if tokens == 128 else 64, 64, 8 if tokens == 128 else 4, 3
-    if few and layout.kind == TRELLIS:
-        outputs, inputs = (128, 32) if tokens < 4 else (32, 64)  # 128: 16 bytes of an input's path
-    if layout.kind == BYTES and (few or tokens == 128):
-        inputs //= 2  # more spills on Turing, and on Blackwell
-    if layout.kind == TABLE and tokens == 128:
-        stages = 2  # likewise
-    while outputs > 32 and triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs) < PROGRAMS:
-        outputs //= 2
-    inputs = max(min(inputs, triton.next_power_of_2(layout.n_inputs)), LEAST_INPUTS)
-    programs = triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs)
-    splits = min(max(PROGRAMS // programs, 1), triton.cdiv(layout.n_inputs, inputs), MOST_SPLITS)
-    return Blocks(tokens, outputs, inputs, splits, warps, stages)
-
-
 def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
     """See `Kernels`."""
     with on_device_of(x):
         if len(x) == 0:
             return x.new_empty((0, shape[0]))
-        if len(x) > FEW_TOKENS and not _has_tiles():
+        if len(x) > FEW_TOKENS and not has_tiles():
             return x @ decode(section, encoding, shape, x.dtype).T
-        return _multiply(x, section, encoding, shape)
+        return multiply_with(x, section, encoding, shape)
 
 
-def _multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
+def multiply_with(
+    x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape, blocks: Blocks | None = None
+) -> Tensor:
+    """As `multiply`, of at least one token and by a kernel of its own; blocks: others than those that are chosen."""
     layout, offsets = layout_of(encoding, shape)
     n_tokens, n_outputs = len(x), shape[0]
     is_few, is_sparse = n_tokens <= FEW_TOKENS, layout.has_outliers or layout.n_columns > 0
-    blocks = blocks_for(layout, n_tokens, n_outputs)
+    blocks = blocks or choose(layout, n_tokens, n_outputs, x.device)
     y = x.new_empty((n_tokens, n_outputs))
     sums = y  # where one launch does it all
     if blocks.splits > 1 or (is_sparse and not is_few):
@@ -151,7 +114,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
     """Whether Triton reaches the tensor cores: not on Turing, where decoding for cuBLAS does."""
     return bool(triton.knobs.runtime.interpret) or triton.runtime.driver.active.get_current_target().arch >= AMPERE
 

@@ -22,6 +22,8 @@ from formats.section import pack
 
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
 from formats.kernels import triton_launch as kernels  # it imports triton
+from formats.kernels.blocks import blocks_for
+from formats.kernels.tuning import candidates
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -199,7 +201,7 @@ def test_a_trellis_of_many_words_begins_anew_at_every_run():
 def test_many_splits_give_the_sum_of_all_inputs(m):
     layer = make_layer(8, 4100, 2, 128)
     x = torch.ones((m, 4100))
-    assert kernels.blocks_for(layout_of(encoding_of(layer), layer.shape)[0], m, 8).splits > 1
+    assert blocks_for(layout_of(encoding_of(layer), layer.shape)[0], m, 8).splits > 1
     weight = torch.from_numpy(layer.dequantize())
     want = x.double() @ weight.double().T
     bound = 4200 * U * magnitudes(layer, weight).sum(1)
@@ -216,9 +218,22 @@ def test_a_matrix_of_more_inputs_than_16_bits_count_has_wide_columns():
     assert torch.equal(packed.multiply(x)[0], weight[:, -1])
 
 
+@pytest.mark.parametrize("m", [1, 8, 17])
+@pytest.mark.parametrize("name", ["uniform 3 bits", "outliers, two levels", "trellis 3 bits"])
+def test_whichever_blocks_are_tried_give_the_same(name, m):
+    layer = ENCODINGS[name](70, 1100)
+    packed, x = Packed(layer), torch.linspace(-1, 1, m * 1100).view(m, 1100)
+    tried = candidates(layout_of(encoding_of(layer), layer.shape)[0], m, 70)
+    assert len(tried) >= 2
+    want = packed.multiply(x)
+    for blocks in tried:
+        got = kernels.multiply_with(x.to(DEVICE), packed.section, encoding_of(layer), layer.shape, blocks).cpu()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
 def test_one_output_of_one_token_in_many_splits():
     layer = make_layer(1, 4100, 2, 128)
-    assert kernels.blocks_for(layout_of(encoding_of(layer), layer.shape)[0], 1, 1).splits > 1
+    assert blocks_for(layout_of(encoding_of(layer), layer.shape)[0], 1, 1).splits > 1
     assert Packed(layer).multiply(torch.ones(1, 4100)).item() == pytest.approx(
         float(layer.dequantize().sum()), rel=1e-5
     )
@@ -244,5 +259,5 @@ def test_without_tensor_cores_in_triton_the_decoded_weight_is_multiplied(monkeyp
     layer = ENCODINGS["outliers"](*SHAPES["off it"])
     x = activations(17, 203, torch.float32)
     tiles = Packed(layer).multiply(x)
-    monkeypatch.setattr(kernels, "_has_tiles", lambda: False)
+    monkeypatch.setattr(kernels, "has_tiles", lambda: False)
     torch.testing.assert_close(Packed(layer).multiply(x), tiles, rtol=1e-4, atol=1e-4)

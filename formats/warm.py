@@ -1,0 +1,100 @@
+"""Make a file's kernels ready on a GPU: compiled, and the fastest blocks found, before the first token needs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formats.device import default_dtype, ready_device
+from formats.encoding import MatrixEncoding, Shape
+from formats.errors import KernelError
+from formats.header import TensorEntry
+from formats.kernels.layout import layout_of
+from formats.reader import QtmFile
+from formats.tensors import section_tensor
+from formats.upload import Uploader
+
+TOKENS = 1, 16, 512
+"""One of each regime: generation, small batches, prompts."""
+Timer = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warmed:
+    """One class of shapes: which blocks are fastest, in milliseconds, and what the blocks chosen untried take."""
+
+    encoding: str
+    shape: Shape
+    tokens: int
+    blocks: dict[str, int]
+    milliseconds: float
+    untried_milliseconds: float
+
+
+def kinds_of(file: QtmFile) -> list[TensorEntry]:
+    """One tensor of each kind that shares its kernels and blocks."""
+    kinds: dict[Any, TensorEntry] = {}
+    for entry in file.tensors.values():
+        if isinstance(entry.encoding, MatrixEncoding):
+            try:
+                layout, _ = layout_of(entry.encoding, entry.shape)
+            except KernelError:
+                continue  # decoded when it is loaded
+            kinds.setdefault((layout, entry.shape), entry)
+    return list(kinds.values())
+
+
+def warm(
+    path: str | os.PathLike[str], device: str = "cuda", tokens: Sequence[int] = TOKENS, time: Timer | None = None
+) -> Iterator[Warmed]:
+    """Try and compile, one class of shapes after the other; what was found is written at the end of each.
+
+    Raises KernelError where the device cannot run the file. time: milliseconds of a call, by default Triton's.
+    """
+    where = ready_device(device)
+    with QtmFile.open(path) as file:
+        for entry in kinds_of(file):
+            yield from _warm(file, entry, where, tokens, time)
+
+
+def _warm(
+    file: QtmFile, entry: TensorEntry, device: torch.device, tokens: Sequence[int], time: Timer | None
+) -> Iterator[Warmed]:
+    from triton.testing import do_bench
+
+    from formats.kernels import triton_launch, tuning
+    from formats.kernels.blocks import FEW_TOKENS
+
+    time = time or do_bench
+    encoding, shape = entry.encoding, entry.shape
+    assert isinstance(encoding, MatrixEncoding)
+    section = Uploader(device).put(section_tensor(file, entry))
+    layout, _ = layout_of(encoding, shape)
+    dtype = default_dtype(device)
+    triton_launch.decode_rows(section, torch.zeros(1, dtype=torch.int64, device=device), encoding, shape)
+    triton_launch.decode(section, encoding, shape, dtype)
+    for n_tokens in tokens:
+        if n_tokens > FEW_TOKENS and not triton_launch.has_tiles():
+            continue  # decoded for cuBLAS
+        x = torch.ones((n_tokens, shape[1]), dtype=dtype, device=device)
+
+        def product(blocks: Any, x: Tensor = x) -> Tensor:
+            return triton_launch.multiply_with(x, section, encoding, shape, blocks)
+
+        with triton_launch.on_device_of(x):
+            best, found = tuning.tune(layout, n_tokens, shape[0], device, lambda blocks: time(lambda: product(blocks)))
+        tuning.save(device)
+        untried = next(iter(found))
+        yield Warmed(
+            encoding=encoding.name,
+            shape=shape,
+            tokens=n_tokens,
+            blocks={name: getattr(best, name) for name in best.__slots__},
+            milliseconds=found[best],
+            untried_milliseconds=found[untried],
+        )
