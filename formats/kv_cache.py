@@ -111,7 +111,7 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def pack_rows(states: Tensor, bits: int) -> Tensor:
-    """Rows [..., n], rotated, as bytes [..., m] u8: codes (for 4 bits two in a byte, the first low), steps, least values.
+    """Rows [..., n], rotated, as bytes [..., m] u8: codes (4 bits: two in a byte, the first low), steps, least values.
 
     Steps and least values are fp16, one of each for a group; codes are chosen against them as stored.
     """
