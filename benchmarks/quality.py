@@ -25,6 +25,7 @@ RECIPES = [
     ("GPTQ 3 bits, group 64", ["--bits", 3, "--group-size", 64, *LEFT]),
     ("round to nearest 3 bits, group 64", ["--bits", 3, "--group-size", 64, "--method", "rtn", *LEFT]),
 ]
+KV_BITS = 8, 4
 PEERS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1]
 
 
@@ -42,17 +43,22 @@ def main() -> None:
         folder = args.work / "peer"
         bits = round_like_llama_cpp(args.model, folder, kind)
         rows.append(_row(f"llama.cpp {kind.name}", bits, folder, args.data, base))
+    for bits in KV_BITS:
+        name = f"uncompressed, keys and values in {bits} bits"
+        rows.append(_row(name, 16, args.model, args.data, base, "--kv-bits", bits))
     print_table(("method", "bits per weight", "perplexity", "ratio"), rows)
     limits = Limits()
     limits.at_most("bits per weight", float(rows[1][1]), 4.35)
     limits.at_most("perplexity ratio at 4 bits, group 64", float(rows[1][3]), 1.23)
+    limits.at_most("perplexity ratio, keys and values in 8 bits", float(rows[-2][3]), 1.01)
+    limits.at_most("perplexity ratio, keys and values in 4 bits", float(rows[-1][3]), 1.1)
     limits.at_most("3 bits against round to nearest", float(rows[4][3]) / float(rows[5][3]), 0.5)
     limits.finish()
 
 
-def _row(name: str, bits: float, model: Path, data: Path, base: float) -> tuple[str, str, str, str]:
-    perplexity = qtool("eval", "perplexity", model, "--data", data, *MEASURE)["perplexity"]
-    return name, f"{bits:.3f}", f"{perplexity:.3f}", f"{perplexity / base:.3f}"
+def _row(name: str, bits: float, model: Path, data: Path, base: float, *options: object) -> tuple[str, str, str, str]:
+    perplexity = qtool("eval", "perplexity", model, "--data", data, *MEASURE, *options)["perplexity"]
+    return name, f"{bits:g}" if bits == 16 else f"{bits:.3f}", f"{perplexity:.3f}", f"{perplexity / base:.3f}"
 
 
 def round_like_llama_cpp(model: Path, folder: Path, kind: GGMLQuantizationType) -> float:
