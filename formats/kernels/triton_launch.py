@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +21,8 @@ from formats.kernels.triton_rows import add_splits, multiply_rows
 from formats.kernels.triton_tiles import add_sparse, multiply_tiles
 from formats.kernels.tuning import choose
 
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""Of activations, that kernels take."""
 AMPERE = 80
 SPARSE = 8, 8  # tokens or rows, and outputs or outliers of a row, at a time
 DECODED, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
@@ -32,6 +35,9 @@ def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape)
     with on_device_of(x):
         if len(x) == 0:
             return x.new_empty((0, shape[0]))
+        if x.dtype not in DTYPES:
+            _warn_of(x.dtype)
+            return x @ decode(section, encoding, shape, torch.float32).to(x.dtype).T
         if len(x) > FEW_TOKENS and not has_tiles():
             return x @ decode(section, encoding, shape, x.dtype).T
         return multiply_with(x, section, encoding, shape)
@@ -123,7 +129,13 @@ def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """That of the activations; the interpreter would multiply the bits of bfloat16 as integers."""
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    return DTYPES[dtype]
+
+
+@functools.cache
+def _warn_of(dtype: torch.dtype) -> None:
+    """Once: it is slow, and nobody may have meant it."""
+    warnings.warn(f"activations in {dtype}: no GPU kernel takes them; each weight is decoded first", stacklevel=4)
 
 
 @functools.cache

@@ -261,3 +261,12 @@ def test_without_tensor_cores_in_triton_the_decoded_weight_is_multiplied(monkeyp
     tiles = Packed(layer).multiply(x)
     monkeypatch.setattr(kernels, "has_tiles", lambda: False)
     torch.testing.assert_close(Packed(layer).multiply(x), tiles, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dtype_that_no_kernel_takes_is_computed_with_one_warning():
+    layer = make_layer(37, 203, 4, 64, scaled=True)
+    packed, x = Packed(layer), activations(3, 203, torch.float64)
+    with pytest.warns(UserWarning, match=r"^activations in torch.float64: no GPU kernel takes them; each weight is"):
+        got = packed.multiply(x)
+    torch.testing.assert_close(got, x @ torch.from_numpy(layer.dequantize()).double().T)
+    packed.multiply(x)  # a second warning would be an error
