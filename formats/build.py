@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -21,12 +22,11 @@ from formats.placement import Placement, Sizes, block_of
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, parameter_names, set_tensor, split_name
 from formats.streaming import BlockStreamer, StreamedBlock
-from formats.tensors import decode_tensor, section_tensor
-from formats.upload import Uploader
-
-DENSE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from formats.tensors import DTYPES, decode_tensor, section_tensor
+from formats.upload import HostMemory, Uploader
 
 
+@torch.inference_mode(False)  # tensors made in it can be used nowhere else
 def build_model(
     file: QtmFile, sizes: Sizes, placement: Placement, dtype: torch.dtype | None, *, in_host_memory: bool = False
 ) -> PreTrainedModel:
@@ -43,9 +43,15 @@ def build_model(
     if missing and not any(device.type == "meta" for device in placement.devices):
         raise FormatError(f"{file.label}: tensor {missing[0]!r} is missing; the model's config implies it (SPEC 3.4.1)")
     builder.finish()
+    model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     if GENERATION_CONFIG in file.files:
         model.generation_config = generation_config(file)
     return model
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """transformers would write sections without saying what they are, and read weights of its own making back."""
+    raise FormatError("a model that qtool.load made is not saved: its file is; for a folder, qtool export FILE")
 
 
 class _Builder:
@@ -65,33 +71,41 @@ class _Builder:
         self._aliases = parameter_names(model)
         self._uploaders = {device: Uploader(device) for device in placement.devices if device.type != "cpu"}
         self._streamed = {index: StreamedBlock(self._block(index)) for index in sorted(placement.streamed)}
+        self._host = HostMemory(pinned=placement.outside.type == "cuda")
         self._decoded: list[str] = []
 
     def install(self, entry: TensorEntry) -> None:
-        """Give a tensor to the model under all its names: a tied one is on the device once."""
-        block = block_of(entry, self._sizes.block_list)
-        device = self._placement.device_of(block)
-        section: Tensor | None = None
+        """Give a tensor to the model under all its names: a tied one is once on each device that reads it."""
+        sections: dict[torch.device, Tensor] = {}
+        values: dict[torch.device, Tensor] = {}
         for name in self._aliases.get(entry.name, [entry.name]):
+            block = block_of(name, self._sizes.block_list)
+            device = self._placement.device_of(block)
             with error_context(f"{self._file.label}: {entry.label}"):
                 module = owner_of(self._model, name, entry.shape[::-1] if entry.transposed else entry.shape)
-            encoding = entry.encoding
-            if not isinstance(encoding, MatrixEncoding) or not self._stays_packed(module, name, entry, device):
-                set_tensor(self._model, name, self._dense(entry, device))
+            if not self._stays_packed(module, name, entry, device):
+                if device not in values:
+                    values[device] = self._dense(entry, device)
+                set_tensor(self._model, name, values[device])
                 continue
-            if block in self._placement.streamed:
+            is_streamed = block is not None and block in self._placement.streamed
+            if is_streamed:
                 section = torch.empty(0, dtype=torch.uint8, device=device)
-            elif section is None:
-                section = self._put(entry, device)
+            elif device not in sections:
+                section = sections[device] = self._put(entry, device)
+            else:
+                section = sections[device]
+            encoding = cast(MatrixEncoding, entry.encoding)
             put_section(self._model, name, section, encoding, entry.shape, self._dtype)
-            if block is not None and block in self._placement.streamed:
-                self._stream(block, name, entry)
-        if device.type != "cpu":
+            if is_streamed:
+                self._stream(cast(int, block), name, entry)
+        if self._uploaders:
             self._file.drop_pages(entry.offset_bytes, entry.offset_bytes + entry.n_bytes)
 
     def finish(self) -> None:
         """What is true of the whole model: buffers, hooks, and what had to be decoded."""
-        self._place_buffers()
+        if self._uploaders:
+            self._place_buffers()
         if self._streamed:
             check = (lambda: None) if self._in_host_memory else self._file.check_unchanged
             BlockStreamer(list(self._streamed.values()), self._placement.outside, check)
@@ -99,19 +113,19 @@ class _Builder:
             self._move_inputs()
         if self._decoded:
             warnings.warn(
-                f"{self._file.label}: {len(self._decoded)} layers are decoded and take 16 bits a weight, as no GPU "
-                f"kernel takes them; the first is {self._decoded[0]!r}",
+                f"{self._file.label}: {len(set(self._decoded))} layers are decoded to {self._dtype}, as no GPU kernel "
+                f"takes them; the first is {self._decoded[0]!r}",
                 stacklevel=4,
             )
 
     def _stays_packed(self, module: nn.Module, name: str, entry: TensorEntry, device: torch.device) -> bool:
-        if not takes_sections(module, name):
+        if not isinstance(entry.encoding, MatrixEncoding) or not takes_sections(module, name):
             return False
         if device.type != "cpu":
             try:
-                layout_of(cast(MatrixEncoding, entry.encoding), entry.shape)
+                layout_of(entry.encoding, entry.shape)
             except KernelError:
-                self._decoded.append(name)
+                self._decoded.append(entry.name)
                 return False
         return True
 
@@ -129,14 +143,13 @@ class _Builder:
         if device.type == "cpu" or not isinstance(entry.encoding, Dense):
             return decode_tensor(self._file, entry).to(device, self._dtype)
         raw = self._put(entry, device)  # no float32 copy on the host
-        values = raw.view(DENSE_DTYPES[entry.encoding.dtype]).view(entry.shape).to(self._dtype)
+        values = raw.view(DTYPES[entry.encoding.dtype]).view(entry.shape).to(self._dtype)
         return values.T.contiguous() if entry.transposed else values
 
     def _stream(self, block: int, name: str, entry: TensorEntry) -> None:
         section = section_tensor(self._file, entry)
         if self._in_host_memory:
-            pinned = self._placement.outside.type == "cuda"
-            section = torch.empty_like(section, pin_memory=pinned).copy_(section)
+            section = self._host.take(len(section)).copy_(section)
         module = cast(QuantLinear, self._model.get_submodule(split_name(name)[0]))
         self._streamed[block].sections.append((module, section))
 
@@ -149,31 +162,28 @@ class _Builder:
 
     def _place_buffers(self) -> None:
         """What no file stores, such as rotary frequencies, goes where its block or the outside is."""
-        if not self._uploaders:
-            return
-        for index, device in enumerate(self._placement.blocks):
-            _move_buffers(self._block(index), device)
-        inside = {id(m) for index in range(len(self._placement.blocks)) for m in self._block(index).modules()}
-        for module in self._model.modules():
-            if id(module) not in inside:
-                _move_buffers(module, self._placement.outside, recurse=False)
+        for module, device in self._modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
     def _move_inputs(self) -> None:
         """Each block, and each module outside of them that has parameters, is handed what it reads on its device."""
-        inside = set[int]()
         for index, device in enumerate(self._placement.blocks):
-            inside |= {id(module) for module in self._block(index).modules()}
             _reads_on(self._block(index), device)
+        inside = {id(m) for index in range(len(self._placement.blocks)) for m in self._block(index).modules()}
         for module in self._model.modules():
             if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
                 _reads_on(module, self._placement.outside)
 
-
-def _move_buffers(module: nn.Module, device: torch.device, *, recurse: bool = True) -> None:
-    for each in module.modules() if recurse else (module,):
-        for name, buffer in each._buffers.items():
-            if buffer is not None:
-                each._buffers[name] = buffer.to(device)
+    def _modules(self) -> Iterator[tuple[nn.Module, torch.device]]:
+        """Every module, and the device of its block or of the outside."""
+        inside = set[int]()
+        for index, device in enumerate(self._placement.blocks):
+            for module in self._block(index).modules():
+                inside.add(id(module))
+                yield module, device
+        yield from ((m, self._placement.outside) for m in self._model.modules() if id(m) not in inside)
 
 
 def _reads_on(module: nn.Module, device: torch.device) -> None:
@@ -186,7 +196,7 @@ def _reads_on(module: nn.Module, device: torch.device) -> None:
 def _moved(value: Any, device: torch.device) -> Any:
     """Tensors in nested arguments on a device; a cache keeps each block's where that is."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, non_blocking=device.type != "cpu")  # the CPU does not wait for what is on its way
     if isinstance(value, tuple | list):
         return type(value)(map(partial(_moved, device=device), value))
     if type(value) is dict:

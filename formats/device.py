@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
 from formats.errors import KernelError
-from formats.placement import DeviceMap, Placement, Sizes, by_name, least_streamed, on_one, spread, streamed
+from formats.placement import DeviceMap, Placement, Sizes, by_name, on_one, spread, streamed
 
 FOR_ACTIVATIONS = 0.1
 """Of a GPU's free memory, where blocks are placed by what there is room for."""
@@ -56,7 +57,10 @@ def choose_placement(sizes: Sizes, device: str, device_map: DeviceMap | str | No
             return on_one(where, sizes)
         if where.type == "cpu":
             raise KernelError(f"offload={offload!r}: is for a GPU; on the CPU the file stays mapped, leave it out")
-        return streamed(where, _usable(where), sizes)
+        placement = streamed(where, _usable(where), sizes)
+        if offload == "host":
+            _check_host(sum(sizes.packed[index] for index in placement.streamed))
+        return placement
     if device != "cpu" or offload is not None:
         given = f"device={device!r}" if device != "cpu" else f"offload={offload!r}"
         raise KernelError(f"{given}: device_map says where everything goes; give one of the two")
@@ -65,10 +69,10 @@ def choose_placement(sizes: Sizes, device: str, device_map: DeviceMap | str | No
             raise KernelError(f"device_map={device_map!r}: must be 'auto', or a device for each block")
         gpus = [ready_device(f"cuda:{index}") for index in range(max(torch.cuda.device_count(), 1))]
         return spread(gpus, [_usable(gpu) for gpu in gpus], sizes)
-    placement = by_name(device_map, sizes)
-    for found in placement.devices:
+    named = by_name(device_map, sizes)
+    for found in named.devices:
         ready_device(str(found))
-    return placement
+    return named
 
 
 def _usable(gpu: torch.device) -> int:
@@ -85,11 +89,25 @@ def _check_room(device: torch.device, sizes: Sizes) -> None:
         return
     need, have = (f"{value / 1e9:.1f} GB" for value in (sizes.total, free))
     way_out = "use cpu, or fewer bits"
-    if least_streamed(sizes) <= _usable(device):
-        host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        way_out = f"--offload {'host' if host > sizes.total - free else 'disk'} would do"
+    if sizes.least <= _usable(device):
+        way_out = f"--offload {'host' if available_bytes() > sizes.total else 'disk'} would do"
     name = torch.cuda.get_device_name(device)
     raise KernelError(f"device '{device}': the model takes {need}, {name} has {have} free; {way_out}")
+
+
+def _check_host(n_bytes: int) -> None:
+    if n_bytes > (available := available_bytes()):
+        need, have = (f"{value / 1e9:.1f} GB" for value in (n_bytes, available))
+        raise KernelError(f"offload='host': the blocks take {need} of memory, {have} are free; use --offload disk")
+
+
+def available_bytes() -> int:
+    """Memory of the host that is free or can be freed at once."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_gpu(device: torch.device) -> None:

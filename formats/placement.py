@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from formats.encoding import MatrixEncoding
 from formats.errors import KernelError
-from formats.header import TensorEntry
 from formats.reader import QtmFile
 
 DeviceMap = Mapping[str, int | str]
@@ -38,32 +38,54 @@ class Sizes:
 
     block_list: str  # the name of the module list
     outside: int
-    blocks: tuple[int, ...]
+    packed: tuple[int, ...]  # of each block: what can be streamed
+    dense: tuple[int, ...] = ()  # of each block: what stays; none if left out
 
     @classmethod
     def of(cls, file: QtmFile) -> Sizes:
-        block_list, outside, blocks = str(file.header.model.get("blocks")), 0, dict[int, int]()
+        block_list, outside = str(file.header.model.get("blocks")), 0
+        packed, dense = dict[int, int](), dict[int, int]()
         for entry in file.tensors.values():
-            if (block := block_of(entry, block_list)) is None:
+            if (block := block_of(entry.name, block_list)) is None:
                 outside += entry.n_bytes
             else:
-                blocks[block] = blocks.get(block, 0) + entry.n_bytes
-        return cls(block_list, outside, tuple(blocks.get(index, 0) for index in range(max(blocks, default=-1) + 1)))
+                kind = packed if isinstance(entry.encoding, MatrixEncoding) else dense
+                kind[block] = kind.get(block, 0) + entry.n_bytes
+        indices = range(max([*packed, *dense], default=-1) + 1)
+        return cls(
+            block_list, outside, tuple(packed.get(i, 0) for i in indices), tuple(dense.get(i, 0) for i in indices)
+        )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Each block's bytes."""
+        dense = self.dense or (0,) * len(self.packed)
+        return tuple(a + b for a, b in zip(self.packed, dense, strict=True))
 
     @property
     def total(self) -> int:
         return self.outside + sum(self.blocks)
 
+    def streaming(self, chosen: frozenset[int]) -> int:
+        """Bytes on a GPU at most, while the chosen blocks are streamed."""
+        slots = min(SLOTS, len(chosen)) * max((self.packed[i] for i in chosen), default=0)
+        return self.total - sum(self.packed[i] for i in chosen) + slots
 
-def block_of(entry: TensorEntry, block_list: str) -> int | None:
+    @property
+    def least(self) -> int:
+        """Bytes of a GPU that streams all blocks."""
+        return self.streaming(frozenset(range(len(self.packed))))
+
+
+def block_of(name: str, block_list: str) -> int | None:
     """The index of the block that a tensor is in."""
-    inside = entry.name.removeprefix(f"{block_list}.")
+    inside = name.removeprefix(f"{block_list}.")
     index = inside.partition(".")[0]
-    return int(index) if inside != entry.name and index.isdecimal() and len(index) < 6 else None
+    return int(index) if inside != name and index.isdecimal() and len(index) < 6 else None
 
 
 def on_one(device: torch.device, sizes: Sizes) -> Placement:
-    return Placement(device, (device,) * len(sizes.blocks))
+    return Placement(device, (device,) * len(sizes.packed))
 
 
 def spread(devices: Sequence[torch.device], free: Sequence[int], sizes: Sizes) -> Placement:
@@ -74,7 +96,10 @@ def spread(devices: Sequence[torch.device], free: Sequence[int], sizes: Sizes) -
     low, high = 0.0, 1.0
     if (found := _filled(free, sizes, high)) is None:
         need, have = (f"{value / 1e9:.1f} GB" for value in (sizes.total, sum(free)))
-        raise KernelError(f"device_map 'auto': the model takes {need}, these {len(devices)} GPUs have {have} free")
+        raise KernelError(
+            f"device_map 'auto': the model takes {need}, these {len(devices)} GPUs have {have} free; "
+            "--device cuda --offload disk would do"
+        )
     while high - low > 1e-3:
         middle = (low + high) / 2
         trial = _filled(free, sizes, middle)
@@ -96,40 +121,31 @@ def _filled(free: Sequence[int], sizes: Sizes, share: float) -> list[int] | None
     return found if room[0] >= 0 else None
 
 
-def by_name(device_map: DeviceMap, sizes: Sizes, default: str = "") -> Placement:
-    """As a map from names of modules to devices says: the longest that a name begins with; "" is for all others."""
-
-    def device(name: str) -> torch.device:
-        found = [key for key in device_map if key == default or name == key or name.startswith(f"{key}.")]
-        if not found:
-            raise KernelError(f"device_map: says nothing of {name!r}; add it, or '' for all others")
-        value = device_map[max(found, key=len)]
-        return torch.device(f"cuda:{value}" if isinstance(value, int) else value)
-
-    names = [f"{sizes.block_list}.{index}" for index in range(len(sizes.blocks))]
-    unknown = [key for key in device_map if key != default and key not in names]
+def by_name(device_map: DeviceMap, sizes: Sizes) -> Placement:
+    """As a map from names of blocks to devices says; "" is for all others, and for what is outside of the blocks."""
+    names = [f"{sizes.block_list}.{index}" for index in range(len(sizes.packed))]
+    unknown = [key for key in device_map if key and key not in names]
     if unknown:
-        raise KernelError(f"device_map: {unknown[0]!r} is no block; blocks are {names[0]} to {names[-1]}, '' all else")
-    return Placement(device(default), tuple(device(name) for name in names))
+        blocks = f"blocks are {names[0]} to {names[-1]}, '' all else" if names else "the file names none, give ''"
+        raise KernelError(f"device_map: {unknown[0]!r} is no block; {blocks}")
+    missing = [name for name in ("", *names) if name not in device_map and "" not in device_map]
+    if missing:
+        raise KernelError(f"device_map: says nothing of {missing[0]!r}; add it, or '' for all others")
+    values = (device_map.get(name, device_map.get("", "")) for name in ("", *names))
+    outside, *blocks_at = (torch.device(f"cuda:{value}" if isinstance(value, int) else value) for value in values)
+    return Placement(outside, tuple(blocks_at))
 
 
 def streamed(device: torch.device, free: int, sizes: Sizes) -> Placement:
     """One GPU that holds as many blocks as it has room for; the others, evenly between them, are streamed.
 
     Evenly, since while a block that stays computes, the next one that does not is copied. KernelError where not even
-    SLOTS blocks fit beside what is outside of them.
+    SLOTS blocks fit beside what stays.
     """
-    n = len(sizes.blocks)
+    n = len(sizes.packed)
     for n_streamed in range(n + 1):
         chosen = frozenset((2 * i + 1) * n // (2 * n_streamed) for i in range(n_streamed))
-        slots = min(SLOTS, n_streamed) * max((sizes.blocks[i] for i in chosen), default=0)
-        resident = sum(n_bytes for i, n_bytes in enumerate(sizes.blocks) if i not in chosen)
-        if sizes.outside + resident + slots <= free:
+        if sizes.streaming(chosen) <= free:
             return Placement(device, (device,) * n, chosen)
-    need, have = (f"{value / 1e9:.1f} GB" for value in (least_streamed(sizes), free))
+    need, have = (f"{value / 1e9:.1f} GB" for value in (sizes.least, free))
     raise KernelError(f"device '{device}': with all blocks offloaded the model takes {need}, {have} are free")
-
-
-def least_streamed(sizes: Sizes) -> int:
-    """Bytes of a GPU that streams all blocks."""
-    return sizes.outside + min(SLOTS, len(sizes.blocks)) * max(sizes.blocks, default=0)

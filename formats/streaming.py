@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.encoding import align
+from formats.errors import KernelError
 from formats.modules import QuantLinear
 
 ALIGNMENT = 256
@@ -36,6 +37,25 @@ class StreamedBlock:
         return sum(align(len(section), ALIGNMENT) for _, section in self.sections)
 
 
+@dataclass(eq=False)
+class _Slot:
+    """Room for one block. The events are None on a CPU, and before they are first recorded."""
+
+    memory: Tensor
+    staging: Tensor | None  # pinned, for sections that are not
+    arrived: Any = None  # what was copied is there, and staging can be filled again
+    read: Any = None  # the kernels that read it are done
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A block on its way."""
+
+    block: int
+    slot: int
+    done: Future[None]
+
+
 class BlockStreamer:
     """Hooks on blocks, in the order in which the model runs them."""
 
@@ -43,72 +63,89 @@ class BlockStreamer:
         self, blocks: Sequence[StreamedBlock], device: torch.device, check_source: Callable[[], None] = lambda: None
     ) -> None:
         """check_source: raises when the sections are no longer what they were; called before each copy."""
-        self._check_source = check_source
-        self._blocks, self._device, self._on_gpu = blocks, device, device.type == "cuda"
-        size = max(block.n_bytes for block in blocks)
-        self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2 * self._on_gpu)]
-        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
-        self._sent: list[Any] = [None, None]  # events: a slot's block has arrived, and its staging can be filled again
-        self._used: list[Any] = [None, None]  # events: the kernels that read a slot are done
-        self._coming: tuple[int, int, Future[None]] | None = None  # block, slot, copy
-        self._here: tuple[int, int] = (-1, 1)  # block and slot of the one that computes
+        self._blocks, self._device, self._check_source = blocks, device, check_source
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._slots = [self._slot(max(block.n_bytes for block in blocks)) for _ in range(2)]
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # who had the slots' memory may still read it
+        self._block, self._at = -1, 1  # the one that computes, and its slot
+        self._coming: _Copy | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qtool-offload")
         for index, block in enumerate(blocks):
-            block.module.register_forward_pre_hook(partial(self._enter, index))
-            block.module.register_forward_hook(partial(self._leave, index))
+            block.module.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
+            block.module.register_forward_hook(self._leave)
 
-    def _enter(self, index: int, *called: Any) -> None:
+    def _slot(self, n_bytes: int) -> _Slot:
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+        if self._stream is None:
+            return _Slot(memory, None)
+        memory.record_stream(self._stream)
+        sections = (section for block in self._blocks for _, section in block.sections)
+        if all(section.is_pinned() for section in sections):
+            return _Slot(memory, None)
+        return _Slot(memory, torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True))
+
+    def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the block's sections those in its slot, and let the next one come."""
-        if self._here[0] != index:
-            if self._coming is None or self._coming[0] != index:
+        _refuse_gradients((*args, *kwargs.values()))
+        if self._block != index:
+            if self._coming is None or self._coming.block != index:
                 self._begin(index)  # the first time, or a block out of turn
-            assert self._coming is not None
-            _, slot, copy = self._coming
-            copy.result()
-            self._here, self._coming = (index, slot), None
-            if self._on_gpu:
-                torch.cuda.current_stream(self._device).wait_event(self._sent[slot])
-            self._point(index, slot)
+            self._arrive()
         following = (index + 1) % len(self._blocks)
         if following != index:
             self._begin(following)
 
-    def _leave(self, index: int, *called: Any) -> None:
-        if self._on_gpu:
-            event = torch.cuda.Event()
+    def _leave(self, module: nn.Module, *called: Any) -> None:
+        if self._stream is not None:
+            self._slots[self._at].read = event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
-            self._used[self._here[1]] = event
 
     def _begin(self, index: int) -> None:
         """Start to copy a block into the slot that does not compute."""
         if self._coming is not None:
-            if self._coming[0] == index:
+            if self._coming.block == index:
                 return
-            self._coming[2].result()  # its slot is written over
-        slot = 1 - self._here[1]
-        self._coming = (index, slot, self._thread.submit(self._copy, index, slot))
+            coming, self._coming = self._coming, None
+            coming.done.result()  # its slot is written over
+        slot = 1 - self._at
+        self._coming = _Copy(index, slot, self._thread.submit(self._copy, index, slot))
 
-    def _copy(self, index: int, slot: int) -> None:
+    def _arrive(self) -> None:
+        """Wait for the block that comes, and let its modules read its slot."""
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        coming.done.result()
+        slot = self._slots[coming.slot]
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.arrived)
+        self._block, self._at = coming.block, coming.slot
+        start = 0
+        for module, section in self._blocks[coming.block].sections:
+            module.section.data = slot.memory[start : start + len(section)]
+            start += align(len(section), ALIGNMENT)
+
+    def _copy(self, index: int, at: int) -> None:
         self._check_source()
-        if self._sent[slot] is not None:
-            self._sent[slot].synchronize()
-        if self._stream is not None and self._used[slot] is not None:
-            self._stream.wait_event(self._used[slot])
+        slot = self._slots[at]
+        if slot.arrived is not None:
+            slot.arrived.synchronize()
+        if self._stream is not None and slot.read is not None:
+            self._stream.wait_event(slot.read)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             start = 0
             for _, section in self._blocks[index].sections:
                 part = slice(start, start + len(section))
-                if self._on_gpu and not section.is_pinned():
-                    section = self._staging[slot][part].copy_(section)
-                self._slots[slot][part].copy_(section, non_blocking=True)
+                if slot.staging is not None and not section.is_pinned():
+                    section = slot.staging[part].copy_(section)
+                slot.memory[part].copy_(section, non_blocking=True)
                 start += align(len(section), ALIGNMENT)
             if self._stream is not None:
-                self._sent[slot] = event = torch.cuda.Event()
+                slot.arrived = event = torch.cuda.Event()
                 event.record(self._stream)
 
-    def _point(self, index: int, slot: int) -> None:
-        start = 0
-        for module, section in self._blocks[index].sections:
-            module.section.data = self._slots[slot][start : start + len(section)]
-            start += align(len(section), ALIGNMENT)
+
+def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
+    """A way back would read the slots again, when they hold other blocks."""
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        raise KernelError("offload: blocks that are streamed have no gradients; load the model without it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from formats.encoding import Arrays
@@ -11,6 +12,9 @@ from formats.header import TensorEntry
 from formats.kernels.cpu import as_tensors
 from formats.reader import QtmFile
 from formats.section import part_arrays
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of `dense` tensors (SPEC 7.2)."""
 
 
 def decode_tensor(file: QtmFile, entry: TensorEntry) -> Tensor:

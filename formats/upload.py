@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formats.encoding import align
+
 PIECE_BYTES = 16 << 20
+CHUNK_BYTES = 256 << 20
+ALIGNMENT = 64  # of sections in the file
 
 
 class Uploader:
@@ -46,3 +50,20 @@ class Uploader:
             self._sent[self._next] = event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
         self._next = 1 - self._next
+
+
+class HostMemory:
+    """Memory for what stays on the host, in chunks: pinned, torch would round each section up to a power of two."""
+
+    def __init__(self, *, pinned: bool, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._pinned, self._chunk_bytes = pinned, chunk_bytes
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, n_bytes: int) -> Tensor:
+        """[n_bytes] u8, of any value."""
+        room = align(n_bytes, ALIGNMENT)
+        if len(self._left) < room:
+            chunk_bytes = max(self._chunk_bytes, 1 << (room - 1).bit_length())
+            self._left = torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        taken, self._left = self._left[:n_bytes], self._left[room:]
+        return taken

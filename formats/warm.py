@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def _warm(
             encoding=encoding.name,
             shape=shape,
             tokens=n_tokens,
-            blocks={name: getattr(best, name) for name in best.__slots__},
+            blocks=asdict(best),
             milliseconds=found[best],
             untried_milliseconds=found[untried],
         )

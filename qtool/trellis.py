@@ -219,8 +219,11 @@ def fit_trellis(weight: Tensor, spec: QuantSpec, *, input_scales: Tensor | None 
     def spread(rows: Tensor, _columns: slice) -> tuple[Tensor, Tensor]:
         squares = rows.square()
         usual = squares <= TAIL**2 * squares.mean(1, keepdim=True)  # the few beyond would widen it for all
-        scale = (squares * usual).sum(1).div_(usual.sum(1)).sqrt_().mul_(WIDENING[spec.bits - 1])
+        scale = (squares * usual).sum(1).div_(usual.sum(1)).sqrt_().mul_(widening)
         return scale, scale
+
+    # Rounded to nearest, a weight takes up no errors and leaves no outliers: the spread itself is best.
+    widening = WIDENING[spec.bits - 1] if spec.method == "gptq" else 1.0
 
     scales, _ = fit_ranges(weight, input_scales, spec.groups_of(weight.shape[1]), spread)
     stored = None

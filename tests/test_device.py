@@ -97,17 +97,32 @@ def test_a_device_that_cannot_run_a_file_is_refused_at_once(monkeypatch, tiny_fi
     assert refusal(*command) == message
 
 
-@pytest.mark.parametrize(("pages", "way_out"), [(10**6, "host"), (1, "disk")])
-def test_a_model_larger_than_the_gpu_is_told_what_would_do(monkeypatch, tiny_files, pages, way_out):
+@pytest.mark.parametrize(("available", "way_out"), [(10**12, "host"), (1, "disk")])
+def test_a_model_larger_than_the_gpu_is_told_what_would_do(monkeypatch, tiny_files, available, way_out):
     """Room for two of three blocks, so that the third can be streamed; from the host's memory if it is free."""
     pytest.importorskip("triton")
     path = tiny_files.compressed("llama")
     with QtmFile.open(path) as file:
         sizes = Sizes.of(file)
     found_gpu(monkeypatch, free=sizes.total - 1)
-    monkeypatch.setattr(formats.device.os, "sysconf", lambda name: pages if name == "SC_AVPHYS_PAGES" else 1)
+    monkeypatch.setattr(formats.device, "available_bytes", lambda: available)
     message = refusal("generate", path, "--prompt", "the", "--device", "cuda")
     assert message == (f"device 'cuda': the model takes 0.0 GB, a GPU has 0.0 GB free; --offload {way_out} would do")
+
+
+def test_blocks_that_the_host_has_no_room_for_are_refused(monkeypatch, tiny_files):
+    pytest.importorskip("triton")
+    path = tiny_files.compressed("llama")
+    with QtmFile.open(path) as file:
+        found_gpu(monkeypatch, free=Sizes.of(file).total - 1)
+    monkeypatch.setattr(formats.device, "available_bytes", lambda: 1)
+    message = "offload='host': the blocks take 0.0 GB of memory, 0.0 GB are free; use --offload disk"
+    assert refusal("generate", path, "--prompt", "the", "--device", "cuda", "--offload", "host") == message
+    assert formats.device.available_bytes() == 1
+
+
+def test_memory_that_can_be_had():
+    assert 10**8 < formats.device.available_bytes() < 10**14
 
 
 @pytest.mark.parametrize(

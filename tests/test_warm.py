@@ -63,7 +63,19 @@ def test_the_fastest_is_chosen_from_then_on_and_in_other_processes(own_cache):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{", '{"a": 4}', '{"a": {"tokens": 1}}', "key:0", "key:3", 'key:"8"', "key:true", "key:1e9"],
+    [
+        "",
+        "[]",
+        "{",
+        '{"a": 4}',
+        '{"a": {"tokens": 1}}',
+        "key:0",
+        "key:3",
+        'key:"8"',
+        "key:true",
+        "key:1e9",
+        "[" * 10**5,
+    ],
 )
 def test_a_cache_that_cannot_be_is_as_none(own_cache, content):
     key = tuning.class_key(LAYOUT, 1, 512)
@@ -72,6 +84,29 @@ def test_a_cache_that_cannot_be_is_as_none(own_cache, content):
         content = json.dumps({key: blocks})
     own_cache.mkdir()
     tuning.cache_file(GPU).write_text(content)
+    assert tuning.choose(LAYOUT, 1, 512, GPU) == blocks_for(LAYOUT, 1, 512)
+
+
+def test_a_value_of_another_type_is_never_launched_with(own_cache):
+    """64.0 equals 64, and is no size of a block."""
+    fast = tuning.candidates(LAYOUT, 1, 512)[1]
+    own_cache.mkdir()
+    rows = {tuning.class_key(LAYOUT, 1, 512): {k: float(v) for k, v in dataclasses.asdict(fast).items()}}
+    tuning.cache_file(GPU).write_text(json.dumps(rows))
+    found = tuning.choose(LAYOUT, 1, 512, GPU)
+    assert found == fast and all(type(value) is int for value in dataclasses.asdict(found).values())
+
+
+def test_new_timings_are_chosen_though_the_device_has_another_name(own_cache):
+    fast = tuning.candidates(LAYOUT, 16, 512)[-1]
+    tuning.choose(LAYOUT, 16, 512, GPU)
+    tuning.tune(LAYOUT, 16, 512, torch.device("cuda"), lambda blocks: 1.0 + (blocks != fast))
+    assert tuning.choose(LAYOUT, 16, 512, GPU) == fast
+
+
+def test_a_user_without_a_home_has_no_timings(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
     assert tuning.choose(LAYOUT, 1, 512, GPU) == blocks_for(LAYOUT, 1, 512)
 
 

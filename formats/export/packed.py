@@ -12,16 +12,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
-from formats.export.dense import DTYPES
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.header import TensorEntry
 from formats.modules import section_name, takes_sections
 from formats.plugin import METHOD
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, split_name
-from formats.tensors import decode_tensor, section_tensor
-
-STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+from formats.tensors import DTYPES, decode_tensor, section_tensor
 
 
 def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> list[str]:
@@ -57,4 +54,4 @@ def _blocks(file: QtmFile, model: PreTrainedModel, packed: dict[str, TensorEntry
 
 
 def _stored_dtype(entry: TensorEntry) -> torch.dtype:
-    return DTYPES[STORED[entry.encoding.dtype]] if isinstance(entry.encoding, Dense) else torch.float32
+    return DTYPES[entry.encoding.dtype] if isinstance(entry.encoding, Dense) else torch.float32

@@ -53,10 +53,11 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int) -> list[Blocks]:
 def choose(layout: Layout, n_tokens: int, n_outputs: int, device: torch.device) -> Blocks:
     """The blocks to launch with: what was found fastest here, or else those of `blocks_for`."""
     if device.type == "cuda":
-        found = known(device).get(class_key(layout, n_tokens, n_outputs))
-        if found in candidates(layout, n_tokens, n_outputs):  # nothing else, whatever the file says
-            return found
-    return blocks_for(layout, n_tokens, n_outputs)
+        found = known(cache_file(device)).get(class_key(layout, n_tokens, n_outputs))
+        tried = [blocks for blocks in candidates(layout, n_tokens, n_outputs) if blocks == found]
+        if tried:
+            return tried[0]  # not what the file says, which may be equal and of other types
+    return candidates(layout, n_tokens, n_outputs)[0]
 
 
 def tune(
@@ -65,7 +66,7 @@ def tune(
     """The fastest candidate by `time` (any unit), from now on chosen and in the file; and what each took."""
     seconds = {blocks: time(blocks) for blocks in candidates(layout, n_tokens, n_outputs)}
     best = min(seconds, key=seconds.__getitem__)
-    known(device)[class_key(layout, n_tokens, n_outputs)] = best
+    known(cache_file(device))[class_key(layout, n_tokens, n_outputs)] = best
     choose.cache_clear()
     return best, seconds
 
@@ -76,12 +77,12 @@ def class_key(layout: Layout, n_tokens: int, n_outputs: int) -> str:
 
 
 @functools.cache
-def known(device: torch.device) -> dict[str, Blocks]:
-    """What the file says of this kind of GPU. A file that cannot be read is as none: it holds nothing but timings."""
+def known(path: Path) -> dict[str, Blocks]:
+    """What a file says of a kind of GPU. One that cannot be read is as none: it holds nothing but timings."""
     try:
-        rows = json.loads(cache_file(device).read_text())
+        rows = json.loads(path.read_text())
         return {key: Blocks(**values) for key, values in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -90,7 +91,7 @@ def save(device: torch.device) -> Path:
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    rows = {key: asdict(blocks) for key, blocks in sorted(known(device).items())}
+    rows = {key: asdict(blocks) for key, blocks in sorted(known(path).items())}
     try:
         part.write_text(json.dumps(rows, indent=0) + "\n")
         os.replace(part, path)
@@ -101,7 +102,7 @@ def save(device: torch.device) -> Path:
 
 def cache_file(device: torch.device) -> Path:
     """Below the user's cache folder, one for each kind of GPU and version of Triton and of the kernels."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     safe = "".join(letter if letter.isalnum() else "-" for letter in name)
     return Path(base) / "qtool" / f"blocks-{safe}-triton-{triton.__version__}-v{VERSION}.json"

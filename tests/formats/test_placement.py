@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats.errors import KernelError
-from formats.placement import Sizes, by_name, least_streamed, on_one, spread, streamed
+from formats.placement import Sizes, by_name, on_one, spread, streamed
 
 GPUS = [torch.device("cuda", index) for index in range(4)]
 sizes_of = st.builds(
@@ -56,12 +56,21 @@ def test_what_is_on_the_gpu_at_a_time_fits(sizes, free):
     try:
         chosen = streamed(GPUS[0], free, sizes).streamed
     except KernelError:
-        assert free < max(least_streamed(sizes), 1)
+        assert free < sizes.least
         return
     stays = sum(n for i, n in enumerate(sizes.blocks) if i not in chosen)
     slots = min(2, len(chosen)) * max([sizes.blocks[i] for i in chosen], default=0)
     assert sizes.outside + stays + slots <= free
     assert (not chosen) == (sizes.total <= free)
+
+
+def test_what_is_not_packed_stays_on_the_gpu():
+    """Blocks of 10 packed and 5 dense bytes: beside two slots of 10, all the 40 dense ones."""
+    sizes = Sizes("m.h", 4, (10,) * 8, (5,) * 8)
+    assert (sizes.total, sizes.least) == (124, 4 + 40 + 20)
+    assert streamed(GPUS[0], 64, sizes).streamed == set(range(8))
+    with pytest.raises(KernelError, match="with all blocks offloaded"):
+        streamed(GPUS[0], 63, sizes)
 
 
 def test_too_small_even_for_two_blocks():
@@ -87,6 +96,7 @@ def test_a_map_by_name():
         ({"": 0, "model.layers.12": 1}, "device_map: 'model.layers.12' is no block; "
          "blocks are model.layers.0 to model.layers.11, '' all else"),
         ({"model.layers.0": 0}, "device_map: says nothing of ''; add it, or '' for all others"),
+        ({"": 0, "x": 1}, "device_map: 'x' is no block; blocks are model.layers.0 to model.layers.11, '' all else"),
     ],
 )  # fmt: skip
 def test_a_map_that_cannot_be_is_refused(device_map, message):

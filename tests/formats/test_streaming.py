@@ -16,7 +16,7 @@ from formats.modules import QuantLinear
 from formats.placement import Placement, Sizes
 from formats.reader import QtmFile
 from formats.streaming import BlockStreamer
-from formats.upload import Uploader
+from formats.upload import HostMemory, Uploader
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 IDS = torch.arange(24).view(2, 12) * 7 % 250
@@ -79,14 +79,53 @@ def test_blocks_out_of_turn(tiny_files):
         assert torch.equal(got, expected)
 
 
-def test_a_copy_that_fails_is_told_where_the_block_is_used(tiny_files, monkeypatch):
+@torch.no_grad()
+def test_a_copy_that_fails_is_told_where_the_block_is_used_and_tried_again(tiny_files, monkeypatch):
     def fail(self, index, slot):
         raise OSError("the disk is gone")
 
+    path = tiny_files.compressed("llama")
+    model = built(path, streaming(0, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockStreamer, "_copy", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            model(IDS)
+    assert torch.equal(model(IDS).logits, qtool.load(path)(IDS).logits)
+
+
+def test_a_model_that_is_loaded_in_inference_mode_runs_in_it_and_outside_of_it(tiny_files):
+    path = tiny_files.compressed("llama")
+    with torch.inference_mode():
+        model = built(path, streaming(0, 1, 2), in_host_memory=True)
+        inside = model(IDS).logits.clone()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, inside)
+
+
+def test_streamed_blocks_have_no_gradients(tiny_files):
     model = built(tiny_files.compressed("llama"), streaming(1))
-    monkeypatch.setattr(BlockStreamer, "_copy", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
-        model(IDS)
+    x = model.model.embed_tokens(IDS).requires_grad_()
+    message = r"^offload: blocks that are streamed have no gradients; load the model without it$"
+    with pytest.raises(KernelError, match=message):
+        model(inputs_embeds=x)
+    with torch.no_grad():
+        model(inputs_embeds=x)
+
+
+def test_host_memory_is_taken_in_chunks():
+    memory = HostMemory(pinned=False, chunk_bytes=256)
+    parts = [memory.take(n) for n in (100, 60, 64, 200, 1000)]
+    assert [len(part) for part in parts] == [100, 60, 64, 200, 1000]
+    places = [part.data_ptr() for part in parts]
+    assert places[1] - places[0] == 128 and places[2] - places[1] == 64  # the first chunk holds these three
+    assert [part.untyped_storage().nbytes() for part in parts] == [256, 256, 256, 256, 1024]
+
+
+def test_a_loaded_model_is_not_saved_as_what_nothing_could_read(tiny_files, tmp_path):
+    message = r"^a model that qtool.load made is not saved: its file is; for a folder, qtool export FILE$"
+    with pytest.raises(FormatError, match=message):
+        qtool.load(tiny_files.compressed("llama")).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @torch.no_grad()
@@ -150,7 +189,7 @@ def test_a_layer_that_no_kernel_takes_is_decoded_with_one_warning(tiny_files, mo
         model = built(tiny_files.compressed("llama"), Placement(META, (META,) * 3))
     (warning,) = caught
     assert str(warning.message).endswith(
-        "llama.qtm: 3 layers are decoded and take 16 bits a weight, as no GPU kernel takes them; "
+        "llama.qtm: 3 layers are decoded to torch.float32, as no GPU kernel takes them; "
         "the first is 'model.layers.0.mlp.down_proj.weight'"
     )
     assert isinstance(model.model.layers[1].mlp.down_proj, torch.nn.Linear)
