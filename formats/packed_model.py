@@ -1,11 +1,13 @@
-"""A transformers model with room for sections, and the check of what was put into it: what the plug-in does."""
+"""A transformers model with room for sections, and the check of what is put into it: what the plug-in does."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from formats.encoding import MatrixEncoding, Shape, encoding_from_fields
@@ -20,25 +22,29 @@ def make_room(model: PreTrainedModel, weights: Any, dtype: torch.dtype) -> list[
     """Let the named weights of a model on meta be empty sections; returns the names of the parameters that hold them.
 
     weights: name -> shape and fields of the encoding (SPEC 5.1), as `config.json` has them; checked here. Weights that
-    are tied to one another share a section, in the file and in memory.
+    are tied to one another share a section, in the file and in memory: under the first name alone is it stored.
     """
     tied = dict(model.all_tied_weights_keys)
     sections: dict[str, str] = {}
+    stored = []
     with error_context("config.json: quantization_config: weights"):
         for name, fields in as_object("its content", weights).items():
             with error_context(brief(name)):
+                if name in tied:
+                    raise FormatError(f"is tied to {tied[name]!r}; it is stored under that name alone")
                 encoding, shape = _encoding_of(as_object("its content", fields))
                 for alias in (name, *(target for target, source in tied.items() if source == name)):
                     sections[alias] = _put_empty(model, alias, encoding, shape, dtype)
-    moved = {sections[target]: sections[source] for target, source in tied.items() if target in sections}
-    kept = {target: source for target, source in tied.items() if target not in sections}
-    model.all_tied_weights_keys = kept | moved
-    if moved:
-        cast(Any, model)._tied_weights_keys = kept | moved  # of this model: what is tied when it is saved, or tied anew
-    return list(dict.fromkeys(sections.values()))
+                stored.append(sections[name])
+    # What is tied from now on, also when the model is saved, or tied anew.
+    ties = {sections.get(target, target): sections.get(source, source) for target, source in tied.items()}
+    model.all_tied_weights_keys = ties
+    if ties != tied:
+        cast(Any, model)._tied_weights_keys = ties
+    return stored
 
 
-def _encoding_of(fields: dict[str, Any]) -> tuple[MatrixEncoding, Shape]:
+def _encoding_of(fields: Mapping[str, Any]) -> tuple[MatrixEncoding, Shape]:
     shape = fields.get("shape")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise FormatError(f"shape={brief(shape)}: must be two positive numbers")
@@ -49,7 +55,10 @@ def _encoding_of(fields: dict[str, Any]) -> tuple[MatrixEncoding, Shape]:
 
 
 def _put_empty(model: PreTrainedModel, name: str, encoding: MatrixEncoding, shape: Shape, dtype: torch.dtype) -> str:
-    module = model.get_submodule(split_name(name)[0])
+    try:
+        module = model.get_submodule(split_name(name)[0])
+    except AttributeError as error:
+        raise FormatError("the model's config has no such tensor (SPEC 3.4.1)") from error
     owner_of(model, name, shape[::-1] if is_transposed_linear(module) else shape)
     if not takes_sections(module, name):
         raise FormatError("is no linear layer or embedding: nothing multiplies by a section there")
@@ -57,18 +66,28 @@ def _put_empty(model: PreTrainedModel, name: str, encoding: MatrixEncoding, shap
     return put_section(model, name, section, encoding, shape, dtype)
 
 
-def check_sections(model: nn.Module, names: list[str]) -> None:
-    """FormatError unless the values in each section are ones that its encoding allows: a kernel relies on it."""
-    seen: set[int] = set()
-    for name in names:
-        module = cast(QuantLinear, model.get_submodule(split_name(name)[0]))
-        if module.section.is_meta or module.section.data_ptr() in seen:
-            continue  # on disk until it is used, or another's
-        seen.add(module.section.data_ptr())
-        with error_context(name):
-            check_section(module.section, module.encoding, (module.out_features, module.in_features))
+def check_sections(model: PreTrainedModel, names: Iterable[str], files: Iterable[str]) -> None:
+    """FormatError unless the files hold every section as its encoding says: a kernel relies on it.
+
+    Before transformers loads them, which makes up what is missing, and may leave some on disk until they are used.
+    """
+    missing = dict.fromkeys(names)
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            for name in [name for name in missing if name in held]:
+                del missing[name]
+                module = cast(QuantLinear, model.get_submodule(split_name(name)[0]))
+                with error_context(f"{path}: {name}"):
+                    header = file.get_slice(name)
+                    if header.get_dtype() != "U8" or header.get_shape() != [len(module.section)]:
+                        found = f"{header.get_dtype()} {header.get_shape()}"
+                        raise FormatError(f"is {found}, must be {len(module.section)} bytes (U8)")
+                    _check_section(file.get_tensor(name), module)
+    if missing:
+        raise FormatError(f"tensor {next(iter(missing))!r} is missing; config.json says that it is packed")
 
 
-def check_section(section: Tensor, encoding: MatrixEncoding, shape: Shape) -> None:
-    """The same of one section [bytes] u8."""
-    encoding.check_values(part_arrays(section.cpu().numpy().data, shape, encoding), shape)
+def _check_section(section: Tensor, module: QuantLinear) -> None:
+    shape = module.out_features, module.in_features
+    module.encoding.check_values(part_arrays(section.numpy().data, shape, module.encoding), shape)

@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import qtool
 from formats.errors import FormatError
+from formats.export import folder as folder_module
+from formats.export.packed import export_packed
 from formats.modules import QuantEmbedding, QuantLinear
+from formats.reader import QtmFile
 
 KINDS = [
     ("llama", ("--bits", "3", "--outliers", "1%")),
@@ -104,6 +107,16 @@ def test_importing_qtool_is_enough_before_and_after_transformers(exported, order
     assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
 
 
+def test_looking_for_the_module_before_and_importing_it_again_do_no_harm():
+    program = (
+        "import importlib, importlib.util, sys, qtool; importlib.util.find_spec('transformers.quantizers.auto');"
+        "import transformers.quantizers.auto as auto; importlib.reload(auto);"
+        "print('qtool' in auto.AUTO_QUANTIZER_MAPPING)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_importing_qtool_imports_no_transformers():
     program = "import sys, qtool; print('transformers' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -120,6 +133,14 @@ def changed(folder, edit):
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 HOSTILE = {
+    "a tied one": (
+        lambda weights: weights.update({"lm_head.weight": weights.pop("model.embed_tokens.weight")}),
+        "'lm_head.weight': is tied to 'model.embed_tokens.weight'; it is stored under that name alone",
+    ),
+    "no such module": (
+        lambda weights: weights.update({"nothing.weight": weights[Q]}),
+        "'nothing.weight': the model's config has no such tensor (SPEC 3.4.1)",
+    ),
     "no such weight": (
         lambda weights: weights.update(nothing=weights[Q]),
         "'nothing': the model's config has no such tensor (SPEC 3.4.1)",
@@ -150,25 +171,71 @@ def test_a_hostile_config_is_refused(exported, case):
     assert str(caught.value).startswith(f"config.json: quantization_config: weights: {message}")
 
 
-def test_a_hostile_section_is_refused_before_a_kernel_reads_it(exported):
-    """The last outlier's column is beyond the row."""
+SECTION = Q.replace("weight", "section")
+CHANGES = {
+    "values that the encoding does not allow": (
+        lambda section: torch.full_like(section, 0xFF),
+        "a scale is NaN or infinite",
+    ),
+    "shorter": (lambda section: section[:-4].clone(), "must be"),
+    "of another type": (lambda section: section.long(), "is I64"),
+    "in two dimensions": (lambda section: section[None].clone(), "is U8 [1, "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_hostile_section_is_refused_before_it_is_loaded(exported, change):
+    edit, message = CHANGES[change]
     _, folder = exported("llama", "--bits", "4", "--outliers", "1%")
-    path, name = folder / "model.safetensors", Q.replace("weight", "section")
+    path = folder / "model.safetensors"
     tensors = load_file(path)
-    tensors[name] = torch.full_like(tensors[name], 0xFF)
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(FormatError, match=f"^{name}: "):
-        load_folder(folder)
+    save_file(tensors | {SECTION: edit(tensors[SECTION])}, path, metadata={"format": "pt"})
+    with pytest.raises(FormatError) as caught:
+        load_folder(folder, ignore_mismatched_sizes=True)
+    assert str(caught.value).startswith(f"{path}: {SECTION}: ") and message in str(caught.value)
 
 
-def test_a_section_of_another_length_is_not_loaded(exported):
+def test_a_config_without_weights_is_refused(exported):
     _, folder = exported("llama")
-    path, name = folder / "model.safetensors", Q.replace("weight", "section")
-    tensors = load_file(path)
-    tensors[name] = tensors[name][:-4].clone()
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["weights"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"^config.json: quantization_config: weights: its content is None: must be"):
         load_folder(folder)
+
+
+def test_a_section_that_is_missing_is_not_made_up(exported):
+    _, folder = exported("llama")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[SECTION]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(FormatError) as caught:
+        load_folder(folder)
+    assert str(caught.value) == f"tensor {SECTION!r} is missing; config.json says that it is packed"
+
+
+def test_a_folder_in_shards(tiny_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "MAX_SHARD_BYTES", 10_000)
+    file = tiny_files.compressed("llama")
+    names = qtool_json("export", file, "--to", "transformers", "-o", tmp_path / "packed")["files"]
+    assert sum(name.endswith(".safetensors") for name in names) > 1
+    assert torch.equal(logits_of(load_folder(tmp_path / "packed")), logits_of(qtool.load(file)))
+
+
+def test_a_name_that_the_export_takes_itself_is_refused(tiny_files, tmp_path):
+    with QtmFile.open(tiny_files.compressed("llama")) as file:
+        file.files["model.safetensors"] = next(iter(file.files.values()))
+        with pytest.raises(FormatError, match=r"file 'model.safetensors': has the name of what is exported$"):
+            export_packed(file, tmp_path / "packed")
+
+
+def test_no_reference_to_code_is_exported(tiny_files, tmp_path):
+    with QtmFile.open(tiny_files.compressed("llama")) as file:
+        file.header.model["config"]["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+        export_packed(file, tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert "auto_map" not in config and "quantization_config" in config
 
 
 def test_a_device_that_cannot_run_it_is_named(exported):

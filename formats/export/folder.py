@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from formats.errors import FormatError
 from formats.reader import QtmFile
+from formats.skeleton import without_references
 
 MAX_SHARD_BYTES = 1 << 30  # what is in memory at a time, unless one block is larger
 Tensors = dict[str, Tensor]
@@ -29,6 +31,9 @@ def write_folder(
     exists, and with `overwrite` when it does not look like a model's: nothing but an earlier export is ever replaced.
     """
     folder = folder.resolve()
+    for name in file.files:
+        if name == "config.json" or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name):
+            raise FormatError(f"{file.label}: file {name!r}: has the name of what is exported")
     if folder.exists():
         _check_replaceable(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +44,8 @@ def write_folder(
             _write_weights(part, blocks)
         except SafetensorError as error:  # what a full disk is to safetensors
             raise FormatError(f"{folder}: cannot be written ({error}); nothing was left behind, make room") from error
-        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config_json = json.dumps(without_references(dict(config)), indent=2, sort_keys=True)
+        (part / "config.json").write_text(config_json + "\n", encoding="utf-8")
         for name in file.files:
             (part / name).write_bytes(file.read_file(name))
         if folder.exists():

@@ -12,19 +12,20 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
+from formats.errors import error_context
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.header import TensorEntry
-from formats.modules import section_name, takes_sections
+from formats.modules import owner_of, section_name, takes_sections
 from formats.plugin import METHOD
 from formats.reader import QtmFile
-from formats.skeleton import build_skeleton, split_name
+from formats.skeleton import build_skeleton
 from formats.tensors import DTYPES, decode_tensor, section_tensor
 
 
 def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> list[str]:
     """Write the folder and return the names of its files: sections as tensors of bytes, the rest as it is stored."""
     model = build_skeleton(model_config(file))
-    packed = {name: entry for name, entry in file.tensors.items() if _is_packed(model, entry)}
+    packed = {name: entry for name, entry in file.tensors.items() if _is_packed(file, model, entry)}
     weights: dict[str, Any] = {
         name: entry.encoding.fields() | {"shape": list(entry.shape)} for name, entry in packed.items()
     }
@@ -32,8 +33,9 @@ def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> li
     return write_folder(file, folder, _blocks(file, model, packed), config, overwrite=overwrite)
 
 
-def _is_packed(model: PreTrainedModel, entry: TensorEntry) -> bool:
-    module = model.get_submodule(split_name(entry.name)[0])
+def _is_packed(file: QtmFile, model: PreTrainedModel, entry: TensorEntry) -> bool:
+    with error_context(f"{file.label}: {entry.label}"):
+        module = owner_of(model, entry.name, entry.shape[::-1] if entry.transposed else entry.shape)
     return isinstance(entry.encoding, MatrixEncoding) and takes_sections(module, entry.name)
 
 
