@@ -12,10 +12,15 @@ Import the module you need; nothing here imports torch or does work at import.
     header     the JSON table of what is in the file
     writer     Writer
     reader     QtmFile, verify
-    loader     a file as a transformers model (imports torch, as do the next two)
-    modules    the modules that hold sections
-    plugin     transformers' quantizer for exported folders
-    device     whether a device can run a file
-    kv_cache   keys and values in 4 or 8 bits
+
+What imports torch:
+
     kernels    multiplying by a section: numpy, torch, Triton
+    modules    the modules that hold sections
+    loader     a file as a transformers model: `placement` and `device` say what goes where, `build` puts `tensors`
+               there, by `upload`; `streaming` copies blocks when their turn comes
+    warm       kernels made ready on a GPU
+    kv_cache   keys and values in 4 or 8 bits
+    export     folders for other programs
+    plugin     transformers' quantizer for packed folders, which `packed_model` checks; `plugin_hook` registers it
 """

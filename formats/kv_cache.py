@@ -37,6 +37,12 @@ class PackedCache(DynamicCache):
         super().__init__(config=config)
         self.bits = bits
         self.layers = [_packed(layer, bits) for layer in self.layers]
+        others = sorted({type(layer).__name__ for layer in self.layers if isinstance(layer, DynamicLayer)} - _PACKED)
+        if others:
+            raise KernelError(
+                f"kv_bits={bits}: {config.model_type} has layers whose keys and values are not packed: "
+                f"{', '.join(others)}"
+            )
         if not any(isinstance(layer, _PackedRows) for layer in self.layers):
             raise KernelError(f"kv_bits={bits}: {config.model_type} has no cache of keys and values to round")
 
@@ -73,6 +79,9 @@ class PackedSlidingWindowLayer(_PackedRows, DynamicSlidingWindowLayer):
     def __init__(self, sliding_window: int, bits: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self.bits = bits
+
+
+_PACKED = {PackedLayer.__name__, PackedSlidingWindowLayer.__name__}
 
 
 def _packed(layer: Any, bits: int) -> Any:

@@ -70,7 +70,7 @@ def _warm(
     from formats.kernels import triton_launch, tuning
     from formats.kernels.blocks import FEW_TOKENS
 
-    time = time or do_bench
+    is_real, time = time is None, time or do_bench
     encoding, shape = entry.encoding, entry.shape
     assert isinstance(encoding, MatrixEncoding)
     section = Uploader(device).put(section_tensor(file, entry))
@@ -79,9 +79,10 @@ def _warm(
     triton_launch.decode_rows(section, torch.zeros(1, dtype=torch.int64, device=device), encoding, shape)
     triton_launch.decode(section, encoding, shape, dtype)
     for n_tokens in tokens:
-        if n_tokens > FEW_TOKENS and not triton_launch.has_tiles():
-            continue  # decoded for cuBLAS
         x = torch.ones((n_tokens, shape[1]), dtype=dtype, device=device)
+        with triton_launch.on_device_of(x):
+            if n_tokens > FEW_TOKENS and not triton_launch.has_tiles():
+                continue  # decoded for cuBLAS
 
         def product(blocks: Any, x: Tensor = x) -> Tensor:
             return triton_launch.multiply_with(x, section, encoding, shape, blocks)
@@ -98,3 +99,5 @@ def _warm(
             milliseconds=found[best],
             untried_milliseconds=found[untried],
         )
+    for n_tokens in tuning.CLASSES if is_real else ():  # whatever number comes, its kernel is compiled
+        triton_launch.multiply(torch.ones((n_tokens, shape[1]), dtype=dtype, device=device), section, encoding, shape)

@@ -265,7 +265,7 @@ def _quantize_rows(
     if factor is None:
         codes, decoded = grid.quantize(stored.T, groups)
         return _Solved(codes.to(torch.uint8), decoded)
-    return _round_columns(stored, factor, grid, groups, rule, keep)[0]
+    return _round_columns(stored, factor, grid, groups, rule, keep)
 
 
 def _round_columns(
@@ -276,26 +276,24 @@ def _round_columns(
     rule: OutlierRule | None = None,
     keep: Callable[[int, Tensor], None] = lambda column, kept: None,
     block_size: int = BLOCK_SIZE,
-) -> tuple[_Solved, Tensor]:
+) -> _Solved:
     """GPTQ's loop over the columns of weight [rows, in]; `keep` is handed each column's outliers.
 
-    groups: [in] i64.  -> (the solution, each column's error over U_jj [in, rows] in the order of rounding: its square
-    is what it costs)
+    groups: [in] i64
     """
     free = weight.T[factor.perm].contiguous()  # [in, rows]: a column of the paper is a contiguous row here
     solved = _Solved(torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free))
-    errors = torch.empty_like(free)
     for start in range(0, len(free), block_size):
         stop = min(start + block_size, len(free))
         columns, block = factor.perm[start:stop], factor.hinv_chol[start:stop, start:stop]
         limits = None if rule is None else rule.limits(block.diagonal())
-        codes, decoded, errors[start:stop] = grid.round_block(free[start:stop], block, groups[columns], limits)
+        codes, decoded, errors = grid.round_block(free[start:stop], block, groups[columns], limits)
         if limits is not None:
             for column, kept in zip(columns.tolist(), kept_values(free[start:stop] - decoded, limits), strict=True):
                 keep(column, kept)
         solved.codes[columns], solved.decoded[columns] = codes, decoded
-        free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return solved, errors
+        free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors, alpha=-1)
+    return solved
 
 
 def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:

@@ -50,11 +50,10 @@ def test_the_block_size_changes_speed_only(block_size):
     grid = fit_uniform(weight, 16, 3, symmetric=False)
     grid = UniformGrid(grid.scales.double(), grid.zeros.double(), 3)
     groups = torch.from_numpy(group_index(40, 16))
-    whole, errors = _round_columns(weight.double(), factor, grid, groups, block_size=1000)
-    blocked, same_errors = _round_columns(weight.double(), factor, grid, groups, block_size=block_size)
+    whole = _round_columns(weight.double(), factor, grid, groups, block_size=1000)
+    blocked = _round_columns(weight.double(), factor, grid, groups, block_size=block_size)
     assert torch.equal(blocked.codes, whole.codes)
     assert torch.equal(blocked.decoded, whole.decoded)
-    assert torch.allclose(same_errors, errors, rtol=1e-9, atol=1e-9)
 
 
 def test_an_identity_hessian_gives_round_to_nearest():

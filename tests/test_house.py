@@ -105,5 +105,5 @@ def test_importing_a_stage_does_nothing():
         for path in modules(package):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 bare = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-                if bare and ast.unparse(node) != "register_when_imported()":
+                if bare and (path != ROOT / "qtool/__init__.py" or ast.unparse(node) != "register_when_imported()"):
                     raise AssertionError(f"{path}:{node.lineno}: runs at import")

@@ -67,7 +67,7 @@ def decode_tiles(
     tl.store(at, values.to(weight.dtype.element_ty), mask=keep[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one compilation for any number
 def decode_rows(
     section, tables, ids, weight, offsets, n_rows,
     L: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -89,7 +89,7 @@ def decode_rows(
     tl.store(weight + to[:, None] * L.n_inputs + inputs[None, :], values.to(weight.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one compilation for any number
 def decode_outliers(
     section, tables, ids, weight, offsets, n_rows,
     L: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -107,7 +107,7 @@ def decode_outliers(
         tl.store(weight + to[:, None] * L.n_inputs + columns, values.to(weight.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one compilation for any number
 def decode_columns(
     section, tables, ids, weight, offsets, n_rows,
     L: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

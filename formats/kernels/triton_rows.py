@@ -123,7 +123,7 @@ def sparse_products(x, section, offsets, tokens, n_tokens, rows, keep, L: tl.con
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])  # one compilation for any number
 def multiply_rows(
     x, section, tables, sums, offsets, n_tokens, n_outputs,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
@@ -150,7 +150,7 @@ def multiply_rows(
     tl.store(sums + at, y.to(sums.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & keep[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_sums"])  # one compilation for any number
 def add_splits(sums, y, n_sums, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """y [tokens * out] in its dtype: the splits' sums [SPLITS, tokens * out], added in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -10,7 +10,7 @@ from formats.kernels.triton_codes import input_scales_of, weights_of
 from formats.kernels.triton_rows import sparse_products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])  # one compilation for any number
 def multiply_tiles(
     x, section, tables, sums, offsets, n_tokens, n_outputs,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
@@ -36,7 +36,7 @@ def multiply_tiles(
     tl.store(sums + at, total.to(sums.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & keep[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])  # one compilation for any number
 def add_sparse(
     x, section, sums, offsets, n_tokens, n_outputs,
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

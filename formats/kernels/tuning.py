@@ -21,6 +21,7 @@ from formats.kernels.blocks import FEW_TOKENS, LEAST_INPUTS, MOST_SPLITS, Blocks
 from formats.kernels.layout import TRELLIS, Layout
 
 LARGEST_CLASS = 4096
+CLASSES = [1 << power for power in range(LARGEST_CLASS.bit_length())]
 LEAST_OF_TENSOR_CORES = 16
 VERSION = 1
 """Of the kernels: raised when they change so that old timings mislead."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 import qtool
 from formats.errors import KernelError
@@ -109,3 +110,14 @@ def test_other_bits_are_refused(tiny_files):
     config = qtool.load(tiny_files.compressed("llama")).config
     with pytest.raises(KernelError, match=r"^kv_bits=3: must be 4 or 8$"):
         PackedCache(config, 3)
+
+
+def test_a_model_whose_layers_hold_more_than_keys_and_values_is_refused():
+    config = AutoConfig.for_model("falcon_h1", num_hidden_layers=2)
+    with pytest.raises(
+        KernelError, match=r"^kv_bits=4: falcon_h1 has layers whose keys and values are not packed: Lin"
+    ):
+        PackedCache(config, 4)
+    config = AutoConfig.for_model("mamba", num_hidden_layers=2)
+    with pytest.raises(KernelError, match=r"^kv_bits=4: mamba has no cache of keys and values to round$"):
+        PackedCache(config, 4)
