@@ -129,6 +129,8 @@ def multiply_rows(
     L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """sums [SPLITS, tokens, out] of x [tokens, in] times the weight's transpose; grid: [out / BLOCK_N, SPLITS]."""
+    if BLOCK_M == 1:
+        n_tokens = 1  # known when it is compiled: fewer registers
     split, tokens = tl.program_id(1), tl.arange(0, BLOCK_M)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = rows < n_outputs
@@ -150,7 +152,7 @@ def multiply_rows(
     tl.store(sums + at, y.to(sums.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & keep[None, :])
 
 
-@triton.jit(do_not_specialize=["n_sums"])  # one compilation for any number
+@triton.jit
 def add_splits(sums, y, n_sums, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """y [tokens * out] in its dtype: the splits' sums [SPLITS, tokens * out], added in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
