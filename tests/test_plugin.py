@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import qtool
-from formats.errors import FormatError
+from formats.errors import FormatError, KernelError
 from formats.export import folder as folder_module
 from formats.export.packed import export_packed
 from formats.modules import QuantEmbedding, QuantLinear
+from formats.plugin import QtoolConfig, QtoolQuantizer
 from formats.reader import QtmFile
 
 KINDS = [
@@ -238,10 +239,11 @@ def test_no_reference_to_code_is_exported(tiny_files, tmp_path):
     assert "auto_map" not in config and "quantization_config" in config
 
 
-def test_a_device_that_cannot_run_it_is_named(exported):
-    _, folder = exported("llama")
-    with pytest.raises(Exception, match="device 'cuda:0': torch finds no GPU here"):
-        load_folder(folder, device_map={"": 0})
+@pytest.mark.parametrize("device", [0, "cuda:0"])
+def test_a_device_that_cannot_run_it_is_named(device):
+    """transformers asks before it loads; with a device map it needs accelerate for it, so it is asked directly here."""
+    with pytest.raises(KernelError, match=r"^device 'cuda:0': torch finds no GPU here; use cpu, or a torch that is"):
+        QtoolQuantizer(QtoolConfig()).validate_environment(device_map={"": device, "lm_head": "cpu", "norm": "disk"})
 
 
 def test_export_refuses_what_would_have_no_effect(tiny_files, tmp_path):
