@@ -10,7 +10,7 @@ from torch import Tensor
 
 from formats.encoding import align
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 4 << 20
 CHUNK_BYTES = 256 << 20
 ALIGNMENT = 64  # of sections in the file
 
