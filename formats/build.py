@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -162,28 +162,29 @@ class _Builder:
 
     def _place_buffers(self) -> None:
         """What no file stores, such as rotary frequencies, goes where its block or the outside is."""
-        for module, device in self._modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+        for index, device in enumerate(self._placement.blocks):
+            _move_buffers(self._block(index).modules(), device)
+        _move_buffers(self._outside(), self._placement.outside)
 
     def _move_inputs(self) -> None:
         """Each block, and each module outside of them that has parameters, is handed what it reads on its device."""
         for index, device in enumerate(self._placement.blocks):
             _reads_on(self._block(index), device)
-        inside = {id(m) for index in range(len(self._placement.blocks)) for m in self._block(index).modules()}
-        for module in self._model.modules():
-            if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
+        for module in self._outside():
+            if any(True for _ in module.parameters(recurse=False)):
                 _reads_on(module, self._placement.outside)
 
-    def _modules(self) -> Iterator[tuple[nn.Module, torch.device]]:
-        """Every module, and the device of its block or of the outside."""
-        inside = set[int]()
-        for index, device in enumerate(self._placement.blocks):
-            for module in self._block(index).modules():
-                inside.add(id(module))
-                yield module, device
-        yield from ((m, self._placement.outside) for m in self._model.modules() if id(m) not in inside)
+    def _outside(self) -> list[nn.Module]:
+        """The modules that are in no block."""
+        inside = {id(m) for index in range(len(self._placement.blocks)) for m in self._block(index).modules()}
+        return [module for module in self._model.modules() if id(module) not in inside]
+
+
+def _move_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def _reads_on(module: nn.Module, device: torch.device) -> None:

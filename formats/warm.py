@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.device import default_dtype, ready_device
+from formats.device import default_dtype
 from formats.encoding import MatrixEncoding, Shape
 from formats.errors import KernelError
 from formats.header import TensorEntry
@@ -50,16 +49,14 @@ def kinds_of(file: QtmFile) -> list[TensorEntry]:
 
 
 def warm(
-    path: str | os.PathLike[str], device: str = "cuda", tokens: Sequence[int] = TOKENS, time: Timer | None = None
+    file: QtmFile, device: torch.device, tokens: Sequence[int] = TOKENS, time: Timer | None = None
 ) -> Iterator[Warmed]:
     """Try and compile, one class of shapes after the other; what was found is written at the end of each.
 
-    Raises KernelError where the device cannot run the file. time: milliseconds of a call, by default Triton's.
+    device: one that `ready_device` gave. time: milliseconds of a call, by default Triton's.
     """
-    where = ready_device(device)
-    with QtmFile.open(path) as file:
-        for entry in kinds_of(file):
-            yield from _warm(file, entry, where, tokens, time)
+    for entry in kinds_of(file):
+        yield from _warm(file, entry, device, tokens, time)
 
 
 def _warm(

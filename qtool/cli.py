@@ -108,9 +108,9 @@ def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     qtool generate model.qtm --prompt "Once upon a time" --temperature 0.7 --device cuda --kv-bits 4
     qtool generate model.qtm --prompt "Once upon a time" --device cuda --offload host
     """
-    from qtool import commands
+    from qtool import finished
 
-    text = commands.run_generate(file, prompt, **options)
+    text = finished.run_generate(file, prompt, **options)
     emit({"prompt": prompt, "text": text}, prompt + text, as_json)
 
 
@@ -132,10 +132,10 @@ def warm(file: Path, device: str, tokens: str, as_json: bool) -> None:
     What is found is kept in the user's cache folder, for this kind of GPU; without it kernels run with blocks that
     their shape suggests, and are compiled when they are first needed.
     """
-    from qtool import commands
+    from qtool import finished
 
-    rows = commands.run_warm(file, device, tokens)
-    emit({"file": str(file), "kernels": rows}, commands.format_warm(rows), as_json)
+    rows = finished.run_warm(file, device, tokens)
+    emit({"file": str(file), "kernels": rows}, finished.format_warm(rows), as_json)
 
 
 @main.command()
@@ -159,9 +159,9 @@ def export(file: Path, to: str, output: Path, dtype: str | None, force: bool, as
     qtool export model.qtm --to dense -o ./decoded
     qtool export model.qtm --to transformers -o ./packed
     """
-    from qtool import commands
+    from qtool import finished
 
-    names = commands.run_export(file, to, output, dtype=dtype, overwrite=force)
+    names = finished.run_export(file, to, output, dtype=dtype, overwrite=force)
     emit({"folder": str(output), "to": to, "files": names}, f"{output}: {', '.join(names)}", as_json)
 
 

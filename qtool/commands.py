@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from formats.device import ready_device
 from formats.reader import QtmFile
 from qtool.checkpoint import Checkpoint, open_checkpoint
-from qtool.errors import CheckpointError, ConfigError
+from qtool.errors import ConfigError
 from qtool.estimate import estimate_run
 from qtool.evaluate import evaluate_divergence, evaluate_perplexity
 from qtool.job import meet_target, prepare
@@ -254,94 +250,3 @@ def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, te
     with quiet_transformers():
         checks = verify_against(file, open_checkpoint(model), calibration, text_field)
     return [check.to_dict() for check in checks]
-
-
-def run_warm(file: Path, device: str, tokens: str) -> list[dict[str, Any]]:
-    """What was found for each class of shapes, in the order in which it was tried."""
-    from formats.warm import kinds_of, warm
-
-    counts = [int(part) if part.strip().isdecimal() else 0 for part in tokens.split(",")]
-    if not all(0 < count <= 1 << 16 for count in counts):
-        raise ConfigError(f"--tokens {tokens}: must be numbers from 1 to {1 << 16}, as 1,16,512")
-    if ready_device(device).type == "cpu":
-        raise ConfigError("device 'cpu': has no kernels to make ready; give a GPU, as cuda")
-    with QtmFile.open(file) as opened:
-        total = len(kinds_of(opened)) * len(counts)
-    return [
-        asdict(row) for row in tqdm(warm(file, device, counts), total=total, desc="warm", unit="class", disable=None)
-    ]
-
-
-def format_warm(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in rows:
-        blocks, shape = row["blocks"], "x".join(map(str, row["shape"]))
-        lines.append(
-            f"{row['encoding']:9} {shape:>12} {row['tokens']:5} tokens: {row['milliseconds']:.4f} ms with "
-            f"{blocks['outputs']} outputs, {blocks['inputs']} inputs, {blocks['splits']} splits "
-            f"({row['untried_milliseconds']:.4f} untried)"
-        )
-    return "\n".join(lines)
-
-
-def run_export(file: Path, to: str, output: Path, *, dtype: str | None, overwrite: bool) -> list[str]:
-    """The names of the folder's files."""
-    from formats.export.dense import export_dense
-    from formats.export.packed import export_packed
-
-    if to == "transformers" and dtype is not None:
-        raise ConfigError(f"--dtype {dtype}: is for --to dense; give it to from_pretrained, or leave it out")
-    with QtmFile.open(file) as opened, quiet_transformers():
-        if to == "transformers":
-            return export_packed(opened, output, overwrite=overwrite)
-        return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
-
-
-def run_generate(
-    file: Path,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    kv_bits: int | None = None,
-    **placement: Any,
-) -> str:
-    """The continuation alone."""
-    import torch
-
-    from formats.embedded import load_tokenizer
-    from formats.kv_cache import PackedCache
-    from formats.loader import load
-
-    if not file.is_file():
-        raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")
-    with quiet_transformers(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        tokenizer, model = load_tokenizer(file), load(file, **placement)
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        _check_length(inputs["input_ids"].shape[1], max_new_tokens, model.config)
-        options: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        )
-        if kv_bits is not None:
-            options["past_key_values"] = PackedCache(model.config, kv_bits)
-        ids = model.generate(  # type: ignore[operator]
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **options,
-        )
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _check_length(n_prompt: int, n_new: int, config: Any) -> None:
-    if n_prompt == 0:
-        raise ConfigError("--prompt: has no tokens in it; give some text")
-    context = getattr(config, "max_position_embeddings", None)
-    if context and n_prompt + n_new > context:
-        raise ConfigError(
-            f"--max-new-tokens {n_new}: with the {n_prompt} tokens of the prompt that is more than "
-            f"the model's context of {context}"
-        )

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from tiny import PACKED_KINDS
 
 import qtool
 from formats.build import build_model
@@ -19,13 +20,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here"),
 ]
-KINDS = [
-    ("llama", ("--bits", "3", "--outliers", "1%")),
-    ("gpt2", ("--format", "nf4", "--double-quant", "--group-size", "64")),
-    ("gemma2", ("--format", "fitted", "--bits", "3")),
-    ("qwen2", ("--format", "trellis", "--bits", "2")),
-    ("opt", ("--method", "int8", "--group-size", "-1", "--outlier-features", "4")),
-]
 IDS = torch.arange(48).view(2, 24) * 5 % 250
 
 
@@ -38,7 +32,7 @@ def apart(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
-@pytest.mark.parametrize(("family", "options"), KINDS)
+@pytest.mark.parametrize(("family", "options"), PACKED_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_model_gives_what_the_cpu_gives(tiny_files, family, options, dtype):
     path = tiny_files.compressed(family, *options)
@@ -49,7 +43,7 @@ def test_a_model_gives_what_the_cpu_gives(tiny_files, family, options, dtype):
 
 
 def test_generation_is_deterministic(tiny_files):
-    model = qtool.load(tiny_files.compressed(*KINDS[0][:1], *KINDS[0][1]), device="cuda")
+    model = qtool.load(tiny_files.compressed("llama", *dict(PACKED_KINDS)["llama"]), device="cuda")
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     first, second = (model.generate(IDS[:1].cuda(), **options) for _ in range(2))
     assert torch.equal(first, second)
@@ -106,7 +100,8 @@ def test_what_is_warmed_is_chosen(tiny_files, tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning.known.cache_clear()
-    rows = list(warm(tiny_files.compressed("llama"), "cuda", [1, 16]))
+    with QtmFile.open(tiny_files.compressed("llama")) as file:
+        rows = list(warm(file, torch.device("cuda", 0), [1, 16]))
     assert rows and all(0 < row.milliseconds <= row.untried_milliseconds for row in rows)
     assert len(list((tmp_path / "qtool").iterdir())) == 1
     tuning.known.cache_clear()

@@ -12,6 +12,7 @@ import torch
 from blockwise import some_ids
 from invoke import qtool_json, refusal
 from safetensors.torch import load_file, save_file
+from tiny import PACKED_KINDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import qtool
@@ -23,11 +24,7 @@ from formats.plugin import QtoolConfig, QtoolQuantizer
 from formats.reader import QtmFile
 
 KINDS = [
-    ("llama", ("--bits", "3", "--outliers", "1%")),
-    ("gpt2", ("--format", "nf4", "--double-quant", "--group-size", "64")),
-    ("gemma2", ("--format", "fitted", "--bits", "3")),
-    ("qwen2", ("--format", "trellis", "--bits", "2")),
-    ("opt", ("--method", "int8", "--group-size", "-1", "--outlier-features", "4")),
+    *PACKED_KINDS,
     ("mixtral", ("--method", "spqr", "--bits", "4", "--embeddings", "16")),
     ("llama", ("--target-bits", "5")),
 ]

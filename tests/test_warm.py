@@ -9,9 +9,10 @@ import pytest
 import torch
 from invoke import refusal
 
-import formats.warm
 from formats.encoding import Uniform
 from formats.kernels.layout import layout_of
+from formats.reader import QtmFile
+from formats.warm import warm
 
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
 from formats.kernels import tuning
@@ -110,9 +111,8 @@ def test_a_user_without_a_home_has_no_timings(monkeypatch):
     assert tuning.choose(LAYOUT, 1, 512, GPU) == blocks_for(LAYOUT, 1, 512)
 
 
-def test_a_file_is_warmed_kind_by_kind(tiny_files, own_cache, monkeypatch):
+def test_a_file_is_warmed_kind_by_kind(tiny_files, own_cache):
     """On the CPU, interpreted; the second candidate is always the fastest."""
-    monkeypatch.setattr(formats.warm, "ready_device", lambda device: CPU)
     calls = []
 
     def time(run):
@@ -121,7 +121,8 @@ def test_a_file_is_warmed_kind_by_kind(tiny_files, own_cache, monkeypatch):
         return 2.0 if len(calls) == 1 else 1.0 / len(calls)
 
     tokens = 1
-    rows = list(formats.warm.warm(tiny_files.compressed("llama"), "cpu", [1], time))
+    with QtmFile.open(tiny_files.compressed("llama")) as file:
+        rows = list(warm(file, CPU, [1], time))
     assert {row.shape for row in rows} == {(260, 32), (32, 32), (16, 32), (80, 32), (32, 80)}
     assert all(row.tokens == 1 and row.milliseconds <= row.untried_milliseconds for row in rows)
     stored = json.loads(tuning.cache_file(CPU).read_text())

@@ -51,6 +51,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },  # blocks give tuples
     "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
 }
+PACKED_KINDS = [  # a family and what it is compressed with: each way to store a matrix
+    ("llama", ("--bits", "3", "--outliers", "1%")),
+    ("gpt2", ("--format", "nf4", "--double-quant", "--group-size", "64")),
+    ("gemma2", ("--format", "fitted", "--bits", "3")),
+    ("qwen2", ("--format", "trellis", "--bits", "2")),
+    ("opt", ("--method", "int8", "--group-size", "-1", "--outlier-features", "4")),
+]
 EXPERTS = {"mixtral": {**SIZES, "num_local_experts": 4}}  # fused 3-D expert tensors
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.errors import FormatError
+from formats.placement import block_of
 from formats.reader import QtmFile
 from formats.skeleton import without_references
 
@@ -54,14 +55,13 @@ def write_folder(
     return sorted(path.name for path in folder.iterdir())
 
 
-def names_by_block(file: QtmFile) -> Iterator[list[str]]:
+def names_by_block(file: QtmFile) -> Iterable[list[str]]:
     """Tensor names, those of one block together."""
-    blocks = f"{file.header.model.get('blocks')}."
-    groups: dict[str, list[str]] = {}
+    block_list = str(file.header.model.get("blocks"))
+    groups: dict[int | None, list[str]] = {}
     for name in file.tensors:
-        key = name.removeprefix(blocks).partition(".")[0] if name.startswith(blocks) else ""
-        groups.setdefault(key, []).append(name)
-    yield from groups.values()
+        groups.setdefault(block_of(name, block_list), []).append(name)
+    return groups.values()
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

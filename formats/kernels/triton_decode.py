@@ -70,10 +70,10 @@ def decode_tiles(
 @triton.jit(do_not_specialize=["n_rows"])  # one compilation for any number
 def decode_rows(
     section, tables, ids, weight, offsets, n_rows,
-    L: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows of the weight by their ids, as `decode_tiles`; grid: [ids / BLOCK_N, in / BLOCK_K]."""
-    to, rows, keep = output_rows(ids, n_rows, HAS_IDS, BLOCK_N)
+    to, rows, keep = output_rows(ids, n_rows, True, BLOCK_N)
     inputs = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = inputs < L.n_inputs
     there = keep[:, None] & inside[None, :]

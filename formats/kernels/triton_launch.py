@@ -84,12 +84,12 @@ def decode_rows(section: Tensor, rows: Tensor, encoding: MatrixEncoding, shape: 
     layout, offsets = layout_of(encoding, shape)
     weight = torch.empty((len(rows), shape[1]), device=section.device)
     if len(rows):
-        options = {"L": layout, "HAS_IDS": True, "enable_fp_fusion": False}
+        options = {"L": layout, "enable_fp_fusion": False}
         arguments = (section, _constants(section.device), rows, weight, offsets, len(rows))
         grid = triton.cdiv(len(rows), DECODED_ROWS[0]), triton.cdiv(shape[1], DECODED_ROWS[1])
         with on_device_of(section):
             decode_rows_by_id[grid](*arguments, **options, BLOCK_N=DECODED_ROWS[0], BLOCK_K=DECODED_ROWS[1])
-            _decode_sparse(arguments, options)
+            _decode_sparse(arguments, options | {"HAS_IDS": True})
     return weight
 
 
