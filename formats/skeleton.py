@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from formats.errors import FormatError
+from formats.experts import separate_experts
 from formats.strict_json import brief
 
 # An attention implementation can be a kernel on the hub, which transformers would fetch and run.
@@ -49,10 +50,11 @@ def without_references(value: Any) -> Any:
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
-    """The model of `config` in float32 and eval mode, parameters on meta, derived buffers real."""
+    """The model of `config` in float32 and eval mode, parameters on meta, derived buffers real, experts taken apart."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        separate_experts(model)
         model.eval()
         _check_derived_buffers(model)
         for module in model.modules():

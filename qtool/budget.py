@@ -12,13 +12,14 @@ from qtool.errors import ConfigError
 from qtool.gptq import MAX_ELEMENTS
 from qtool.journal import Journal
 from qtool.memory import peak_rss_bytes
+from qtool.mixture import BATCH_ELEMENTS
 from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
 from qtool.sample import SAMPLES_PER_BATCH
 from qtool.sensitivity import LOGITS_BACKWARD, windows_backward
 from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
-from qtool.states import windows_per_batch
+from qtool.states import TOKENS_PER_BATCH, windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
 COMPILER_BYTES = 170_000_000  # numba, which compiles the trellis's search
@@ -89,8 +90,11 @@ def _peak_rss_bytes(
         logits = min(LOGITS_BACKWARD, n_tokens * model.vocab_size)
         moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + LOGITS_COPIES * 4 * logits)
     for tensors in blocks_of(model, plan):
+        if not measures:  # a target's measuring has all experts in memory
+            moments += _expert_moments([t for t in tensors if t.is_expert], n_tokens)
+            tensors = [t for t in tensors if not t.is_expert]
         weights = 4 * sum(t.n_parameters for t in tensors)
-        # As float32 and as stored; fused experts are put together from their parts, which doubles them.
+        # As float32 and as stored; fused tensors are put together from their parts, which doubles them.
         loading = sum((12 if len(t.shape) == 3 else 6) * t.n_parameters for t in tensors)
         running = _forward_bytes(model, tensors, n_tokens, seq_len)
         hessians = _hessians(tensors)
@@ -107,6 +111,17 @@ def _peak_rss_bytes(
                 moments.append(weights + waiting + _solver_bytes(tensor, calibrated=bool(n_tokens)))
     compiler = COMPILER_BYTES * any(t.spec is not None and t.spec.format == "trellis" for t in plan)
     return int(INTERPRETER_BYTES + compiler + SLACK * max(moments))
+
+
+def _expert_moments(experts: list[TensorPlan], n_tokens: int) -> list[int]:
+    """Bytes while some experts of a block are in memory: they are calibrated, or one of their linears is solved."""
+    if not experts:
+        return []
+    widest = max(max(t.shape) for t in experts)
+    together = 4 * BATCH_ELEMENTS + 4 * 4 * max(sum(t.n_parameters + t.shape[-1] ** 2 for t in experts[:4]), 1)
+    activations = 4 * 4 * max(n_tokens, TOKENS_PER_BATCH) * widest
+    solver = max((_solver_bytes(t, calibrated=bool(n_tokens)) for t in experts if t.spec is not None), default=0)
+    return [together + activations + solver]
 
 
 def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int) -> int:

@@ -29,8 +29,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from formats.encoding import DENSE_DTYPES
 from formats.errors import error_context
+from formats.experts import fused_tensor
 from formats.skeleton import config_from_dict, parameter_names, set_tensor, split_name
 from qtool.errors import CheckpointError
+from qtool.stored_experts import fused_names, key_of_expert, read_experts, split_parts
 
 DERIVED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"attention\.(masked_)?bias$")
 MODEL_SUFFIXES = (".gguf", ".qtm", ".safetensors", ".bin", ".pt", ".pth", ".json", ".txt")
@@ -147,11 +149,16 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._shard_of = self._index()
         self._sources: dict[str, list[str]] = {}
         self._conversions: list[Any] = []
+        self._converter_of: dict[str, tuple[WeightConverter, str]] = {}  # by stored name, with the pattern it matches
         self._unused: list[str] = []
         self._stored_as: dict[str, str] = {}  # a tied parameter -> the name under which alone it is stored
 
     def stored_dtype(self, name: str) -> str:
-        key = next(iter(self._sources.get(self._stored_as.get(name, name), [])), None)
+        part = fused_tensor(self._model, name)
+        if part is not None:
+            key = key_of_expert(self._sources.get(part.name, []), part)
+        else:
+            key = next(iter(self._sources.get(self._stored_as.get(name, name), [])), None)
         if key is None:
             raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights; download the model again")
         with self._open(self._shard_of[key]) as shard:
@@ -204,16 +211,20 @@ class HuggingFaceCheckpoint(Checkpoint):
             ) from error
 
     def bind(self, model: PreTrainedModel) -> None:
+        self._model = model
         self._conversions = get_model_conversion_mapping(model)
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        parameters, prefix = model.state_dict(), model.base_model_prefix
+        parameters, prefix = fused_names(model), model.base_model_prefix
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         sources = defaultdict(list)
         for key in self._shard_of:
-            target, _ = rename_source_key(key, renamings, converters, prefix, parameters)
+            target, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
             if target not in parameters:  # some renamings are for older files than this one
-                target, _ = rename_source_key(key, [], [], prefix, parameters)
+                target, pattern = rename_source_key(key, [], [], prefix, parameters)
             sources[target].append(key)
+            if pattern is not None:
+                self._converter_of[key] = by_pattern[pattern], pattern
         self._sources = dict(sources)
         # What older versions stored and nobody reads (rotary tables, causal masks) is no loss.
         known = [*(model._keys_to_ignore_on_load_unexpected or ()), *DERIVED]
@@ -242,14 +253,23 @@ class HuggingFaceCheckpoint(Checkpoint):
             return any(not torch.equal(x[i : i + ROWS_COMPARED], y[i : i + ROWS_COMPARED]) for i in starts)
 
     def _read(self, model: PreTrainedModel, names: set[str]) -> None:
+        experts, names = split_parts(model, names)
         keys = [key for name in names for key in self._sources.get(self._stored_as.get(name, name), [])]
+        of_experts = [key for name in experts for key in self._sources.get(name, [])]
         # Shards are opened for one block and closed again, or every page ever read would stay resident.
         with ExitStack() as stack:
-            shards = {s: stack.enter_context(self._open(s)) for s in sorted({self._shard_of[k] for k in keys})}
+            needed = sorted({self._shard_of[key] for key in (*keys, *of_experts)})
+            shards = {shard: stack.enter_context(self._open(shard)) for shard in needed}
+
+            def slices(keys: Iterable[str]) -> dict[str, Any]:
+                return {key: shards[self._shard_of[key]].get_slice(key) for key in keys}
+
             try:
-                tensors = {key: shards[self._shard_of[key]].get_slice(key) for key in keys}
                 config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._conversions)
-                info, _ = convert_and_load_state_dict_in_model(model, tensors, config, disk_offload_index=None)
+                info, _ = convert_and_load_state_dict_in_model(model, slices(keys), config, disk_offload_index=None)
+                for fused, wanted in experts.items():
+                    stored = slices(self._sources.get(fused, []))
+                    read_experts(model, fused, wanted, stored, self._converter_of.get)
             except (SafetensorError, OSError, RuntimeError) as error:
                 if "allocate memory" in str(error):
                     raise

@@ -102,6 +102,10 @@ _calibration_options = _options(
     click.option("--samples", "--nsamples", type=int, default=128, show_default=True, help="Calibration windows."),
     click.option("--seq-len", "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a window."),
     click.option("--seed", type=int, default=0, show_default=True, help="Places the windows."),
+    click.option(
+        "--min-expert-tokens", type=int, default=64, show_default=True,
+        help="An expert that sees fewer is calibrated on what all experts of its block see.",
+    ),
 )  # fmt: skip
 _run_options = _options(
     click.option("--dry-run", is_flag=True, help="Print the plan: size, bits, memory and time; write no file."),

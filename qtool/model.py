@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from formats.errors import error_context
+from formats.experts import fused_tensor, mixtures
 from formats.kv_cache import PackedCache
 from formats.skeleton import build_skeleton, is_linear, set_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
@@ -85,6 +86,21 @@ class BlockwiseModel:
         name = self.block_name(index)
         return {f"{name}.{n}": m for n, m in self.blocks[index].named_modules() if is_linear(m)}
 
+    def mixture(self, index: int) -> str | None:
+        """The name of the block's mixture of experts, which can be run an expert at a time; None if it has not one."""
+        found = [name for name, _ in mixtures(self.blocks[index])]
+        return f"{self.block_name(index)}.{found[0]}" if len(found) == 1 else None
+
+    def own_names(self, index: int) -> list[str]:
+        """The tensors of block `index` but those of such a mixture's experts."""
+        names = self.tensor_names(f"{self.block_name(index)}.")
+        return names if self.mixture(index) is None else [n for n in names if fused_tensor(self.skeleton, n) is None]
+
+    def own_linears(self, index: int) -> dict[str, nn.Module]:
+        """As `linears`, but for those of such a mixture's experts."""
+        mixture = self.mixture(index)
+        return {n: m for n, m in self.linears(index).items() if mixture is None or not n.startswith(f"{mixture}.")}
+
     @property
     def vocab_size(self) -> int:
         """How many token ids the model has embeddings for."""
@@ -128,9 +144,10 @@ class BlockwiseModel:
             self.skeleton.tie_weights()
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights."""
-        with self.materialised(self.tensor_names(f"{self.block_name(index)}.")):
+    def block(self, index: int, *, experts: bool = True) -> Iterator[nn.Module]:
+        """Block `index` with its weights; without `experts`, as `own_names`."""
+        prefix = f"{self.block_name(index)}."
+        with self.materialised(self.tensor_names(prefix) if experts else self.own_names(index)):
             yield self.blocks[index]
 
     @contextmanager

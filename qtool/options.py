@@ -26,6 +26,7 @@ def build_recipe(
     samples: int,
     seq_len: int,
     seed: int,
+    min_expert_tokens: int,
     embeddings: int | None,
     target_size: str | None = None,
     target_bits: float | None = None,
@@ -47,7 +48,12 @@ def build_recipe(
         linears=_linears(targeted=target is not None, **linears),
         embeddings=(0 if target is not None and target.size_bytes else 8) if embeddings is None else embeddings,
         calibration=CalibrationSpec(
-            source=calibration, text_field=text_field, samples=samples, seq_len=seq_len, seed=seed
+            source=calibration,
+            text_field=text_field,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            min_expert_tokens=min_expert_tokens,
         ),
         target=target,
         fused=fused,

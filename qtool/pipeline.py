@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qtool.int8 import int8_quantize
 from qtool.job import Job, draw_windows, meet_target, prepare
 from qtool.journal import Journal
 from qtool.memory import reset_peak
+from qtool.mixture import Mixture, RoutedTokens
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import dense_section, rounded_section
 from qtool.plan import TensorPlan, by_input, weight_of
@@ -110,6 +112,7 @@ class _Run:
 
     def __init__(self, job: Job, writer: Writer, journal: Journal, log: RunLog) -> None:
         self.model, self.budget = job.model, job.budget
+        self.min_expert_tokens = job.recipe.calibration.min_expert_tokens
         self.writer, self.journal, self.log = writer, journal, log
         self.plan = {tensor.name: tensor for tensor in job.plan}
         self.entries: list[TensorEntry] = []  # of the step being done
@@ -150,7 +153,7 @@ class _Run:
         with tqdm(total=count, initial=done, unit="block", desc="quantize", disable=None) as bar:
             for index in range(done, count):
                 bar.set_description(f"quantize block {index + 1} of {count}")
-                with self.model.block(index):
+                with self.model.block(index, experts=False):
                     self._commit(self._block(index, states, bar))
                 release_free_memory()
                 self.budget.check_now(f"block {index}")
@@ -184,21 +187,43 @@ class _Run:
         """Calibrate, quantize and write one block; its quantized outputs are the next block's inputs, whose checksum
         is returned.
         """
+        block = f"{self.model.block_name(index)}."
+
+        def show(tensor: TensorPlan, solution: Solution) -> None:
+            bar.set_postfix_str(f"{tensor.layer.removeprefix(block)} error {solution.relative_error:.2e}")
+
         stats = calibrate(self.model, index, states)
         release_free_memory()
-        block = f"{self.model.block_name(index)}."
-        tensors = [self.plan[name] for name in self.model.tensor_names(block)]
+        self._tensors(self.model.own_names(index), stats, show)
+        name = self.model.mixture(index)
+        if name is None:
+            return advance(self.model, index, states)
+        mixture, handle = Mixture(self.model, index, name), partial(self._tensors, show=show)
+        if states is None:
+            mixture.visit(handle)
+            return None
+        tokens = RoutedTokens(mixture, states)
+        few = tokens.visit(self.min_expert_tokens, handle)
+        self.report.experts[name] = {"tokens": tokens.counts, "pooled": few}
+        with tokens.replayed():
+            return advance(self.model, index, states)
+
+    def _tensors(
+        self, names: list[str], stats: Mapping[str, LayerStats], show: Callable[[TensorPlan, Solution], None]
+    ) -> None:
+        """Solve and write tensors that are in memory; those that are quantized are left there decoded."""
+        tensors = [self.plan[name] for name in names]
         groups = by_input([t for t in tensors if t.spec is not None], stats)
+        del stats
         while groups:
             readers, shared = groups.pop(0)  # statistics go as soon as they have been used
             for tensor, solution in self._solve(readers, shared):
                 self._write_solution(tensor, solution)
                 release_free_memory()
-                bar.set_postfix_str(f"{tensor.layer.removeprefix(block)} error {solution.relative_error:.2e}")
+                show(tensor, solution)
         for tensor in tensors:
             if tensor.spec is None:
                 self._append(tensor, tensor.encoding, self._section(tensor))
-        return advance(self.model, index, states)
 
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""

@@ -30,6 +30,7 @@ class TensorPlan:
     reason: str = ""
     transposed: bool = False
     in_block: bool = False
+    is_expert: bool = False  # one of a mixture that is run an expert at a time
     is_overridden: bool = False  # by --layer: its bits are not a target's to choose
 
     @property
@@ -54,9 +55,12 @@ def plan_tensors(
 
     specs: those that a target chose, by the tensor's name. ConfigError for a pattern that matches no tensor.
     """
-    inside = [name for i in range(len(model.blocks)) for name in model.tensor_names(f"{model.block_name(i)}.")]
-    outside = [_plan_tensor(model, name, recipe, in_block=False) for name in model.outside_names()]
-    plan = outside + [_plan_tensor(model, name, recipe, in_block=True) for name in inside]
+    plan = [_plan_tensor(model, name, recipe, in_block=False) for name in model.outside_names()]
+    for index in range(len(model.blocks)):
+        own = set(model.own_names(index))
+        for name in model.tensor_names(f"{model.block_name(index)}."):
+            tensor = _plan_tensor(model, name, recipe, in_block=True)
+            plan.append(tensor if name in own else replace(tensor, is_expert=True))
     _refuse_idle_patterns(plan, recipe)
     return [_with_spec(tensor, (specs or {}).get(tensor.name)) for tensor in plan]
 
@@ -149,7 +153,7 @@ def _spec_for(
             return None, "embedding of something else than tokens"
         return recipe.embedding_spec, "" if recipe.embedding_spec else "embedding, left by --embeddings 16"
     if len(shape) == 3 and "experts" in name:
-        return None, "fused 3-D experts: not supported yet"
+        return None, "fused experts of a kind that cannot be taken apart"
     return None, "not a linear layer of a block" if in_block else "linear layer outside the blocks"
 
 

@@ -136,6 +136,7 @@ class CalibrationSpec:
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
+    min_expert_tokens: int = 64  # an expert that sees fewer is calibrated on what all of its block's read
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -144,6 +145,8 @@ class CalibrationSpec:
             raise ConfigError(f"seq_len={self.seq_len}: must be at least 2")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
+        if self.min_expert_tokens < 0:
+            raise ConfigError(f"min_expert_tokens={self.min_expert_tokens}: must not be negative")
 
     @property
     def sources(self) -> list[str]:

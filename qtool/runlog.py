@@ -26,6 +26,8 @@ class RunReport:
     relative_errors: dict[str, float] = field(default_factory=dict)
     harder_damped: dict[str, float] = field(default_factory=dict)  # layer -> the percdamp it took
     dropped_tokens: dict[str, int] = field(default_factory=dict)  # layer -> tokens with NaN or infinity in its input
+    # mixture -> "tokens": of each expert; "pooled": experts that had too few for statistics of their own
+    experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     uncalibrated: list[str] = field(default_factory=list)  # layers no token reached, rounded to nearest
     seconds: float = 0.0
 
@@ -37,6 +39,7 @@ class RunReport:
             report.relative_errors |= step["relative_errors"]
             report.harder_damped |= step["harder_damped"]
             report.dropped_tokens |= step["dropped_tokens"]
+            report.experts |= step["experts"]
             report.uncalibrated += step["uncalibrated"]
         return report
 
@@ -47,7 +50,7 @@ class RunReport:
             "harder_damped": self.harder_damped,
             "dropped_tokens": self.dropped_tokens,
             "uncalibrated": self.uncalibrated,
-        }
+        } | ({"experts": self.experts} if self.experts else {})
 
 
 class RunLog:

@@ -7,13 +7,14 @@ resumed run needs is whole at every moment.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from math import nan as NAN
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.capture import HessianCapture
 from calibration.hessian import LayerStats
@@ -37,7 +38,7 @@ class HiddenStates:
     """
 
     def __init__(self, folder: Path, ids: Tensor, windows_per_batch: int, names: Sequence[str] = STATES_FILES) -> None:
-        self._folder, self._names = folder, names
+        self.folder, self._names = folder, names
         self.batches = ids.split(windows_per_batch)
         """The token ids [batch, seq] of each batch."""
 
@@ -77,15 +78,19 @@ class HiddenStates:
         self._path(step).unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
-        return self._folder / self._names[step % len(self._names)]
+        return self.folder / self._names[step % len(self._names)]
 
 
 def calibrate(model: BlockwiseModel, index: int, states: HiddenStates | None) -> dict[str, LayerStats]:
-    """The statistics of block `index`, which has its weights, by the name of the linear; none without states."""
+    """The statistics of block `index`, which has its weights, by the name of the linear; none without states.
+
+    A mixture's experts need none, and are none of these linears: `qtool.mixture` has theirs.
+    """
     if states is None:
         return {}
-    capture = HessianCapture(model.linears(index))
-    return capture.run(lambda x: model.run(index, x), states.read(index))
+    capture = HessianCapture(model.own_linears(index))
+    with without_experts(model, index):
+        return capture.run(lambda x: model.run(index, x), states.read(index))
 
 
 def advance(model: BlockwiseModel, index: int, states: HiddenStates | None) -> int | None:
@@ -93,6 +98,27 @@ def advance(model: BlockwiseModel, index: int, states: HiddenStates | None) -> i
     if states is None or index + 1 == len(model.blocks):
         return None
     return states.write(index + 1, (model.run(index, x) for x in states.read(index)))
+
+
+@contextmanager
+def without_experts(model: BlockwiseModel, index: int) -> Iterator[None]:
+    """The block's mixture gives NaN for now: whatever is computed from it shows that it was."""
+    name = model.mixture(index)
+    if name is None:
+        yield
+        return
+    with instead_of(model.skeleton.get_submodule(name), lambda hidden, *routes, **named: torch.full_like(hidden, NAN)):
+        yield
+
+
+@contextmanager
+def instead_of(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """`forward` in the place of the module's own."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # uncovers the class's own
 
 
 def calibrate_and_advance(model: BlockwiseModel, index: int, states: HiddenStates) -> tuple[dict[str, LayerStats], int]:

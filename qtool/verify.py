@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from formats.tensors import decode_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError
 from qtool.gptq import output_energy, relative_error
+from qtool.mixture import Mixture, RoutedTokens
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import rounded_section
@@ -73,24 +75,32 @@ def _states(
     file: QtmFile, model: BlockwiseModel, calibration: str | None, text_field: str, folder: Path
 ) -> HiddenStates | None:
     """Room for the hidden states of the very windows that the file was calibrated on; None if on none."""
-    recorded = file.header.recipe.get("calibration")
-    if recorded is None:
+    if file.header.recipe.get("calibration") is None:
         return None
-    try:
-        source = calibration or _source_of(str(recorded["source"]), file.label)
-        spec = CalibrationSpec(**{**recorded, "source": source, "text_field": text_field})
-    except (TypeError, KeyError) as error:
-        raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)") from error
+    recorded = _calibration_of(file)
+    source = calibration or _source_of(recorded.source, file.label)
+    spec = replace(recorded, source=source, text_field=text_field)
     recipe = replace(Recipe(), calibration=spec)
     # The file's own tokenizer made the sample, or one that gives the same tokens; it needs no code.
     windows = draw_sample(model, recipe, tokenizer_of(file), keep_own=folder / "self.npy")
     if windows.sha256 != file.header.provenance.get("calibration_sha256"):
         raise ConfigError(
-            f"{source}: is not the text that {file.label} was calibrated on ({recorded['source']}); "
+            f"{source}: is not the text that {file.label} was calibrated on ({recorded.source}); "
             "give that one by --calibration"
         )
     ids = torch.from_numpy(windows.ids)
     return HiddenStates(folder, ids, windows_per_batch(ids.shape[1]))
+
+
+def _calibration_of(file: QtmFile) -> CalibrationSpec:
+    """What the header says of the calibration, if anything."""
+    try:
+        spec = CalibrationSpec(**file.header.recipe.get("calibration") or {})
+    except TypeError as error:
+        raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)") from error
+    if not isinstance(spec.source, str):
+        raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)")
+    return spec
 
 
 def _source_of(recorded: str, label: str) -> str:
@@ -107,13 +117,14 @@ class _Verification:
 
     def __init__(self, file: QtmFile, model: BlockwiseModel, states: HiddenStates | None) -> None:
         self.file, self.model, self.states = file, model, states
+        self.min_expert_tokens = _calibration_of(file).min_expert_tokens
         self.checks: list[LayerCheck] = []
 
     def run(self) -> list[LayerCheck]:
         self._outside()
         count = len(self.model.blocks)
         for index in tqdm(range(count), unit="block", desc="verify", disable=None):
-            with self.model.block(index):
+            with self.model.block(index, experts=False):
                 self._block(index)
             self.file.drop_pages()
             release_free_memory()
@@ -130,10 +141,24 @@ class _Verification:
                 self.states.write(0, map(self.model.embed, self.states.batches))
 
     def _block(self, index: int) -> None:
-        stats = calibrate(self.model, index, self.states)
-        for name in self.model.tensor_names(f"{self.model.block_name(index)}."):
+        self._tensors(self.model.own_names(index), calibrate(self.model, index, self.states))
+        name = self.model.mixture(index)
+        if name is None:
+            advance(self.model, index, self.states)
+            return
+        mixture = Mixture(self.model, index, name)
+        if self.states is None:
+            mixture.visit(self._tensors)
+            return
+        tokens = RoutedTokens(mixture, self.states)
+        tokens.visit(self.min_expert_tokens, self._tensors)
+        with tokens.replayed():
+            advance(self.model, index, self.states)
+
+    def _tensors(self, names: list[str], stats: Mapping[str, LayerStats]) -> None:
+        """Check tensors that are in memory; the file's are left there."""
+        for name in names:
             set_tensor(self.model.skeleton, name, self._check(name, stats.get(split_name(name)[0])))
-        advance(self.model, index, self.states)
 
     def _check(self, name: str, stats: LayerStats | None) -> Tensor:
         """Compare the model's tensor with the file's, which is returned."""

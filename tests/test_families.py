@@ -11,6 +11,7 @@ from tiny import EXPERTS, FAMILIES, load_reference
 import qtool as api
 from calibration.capture import HessianCapture
 from formats.encoding import Uniform
+from formats.experts import fused_tensor
 from formats.reader import QtmFile
 from qtool.checkpoint import open_checkpoint
 from qtool.model import BlockwiseModel
@@ -51,7 +52,8 @@ def test_4_bits_change_the_logits_and_8_bits_hardly(tiny_files, family):
     for bits in ("4", "8"):
         difference = blockwise_logits(tiny_files.compressed(family, "--bits", bits), ids) - original
         errors.append((difference.norm() / original.norm()).item())
-    assert errors[0] > 4 * errors[1] > 0
+    factor = 1.5 if family in EXPERTS else 4  # of a random model, the least error can choose another expert
+    assert errors[0] > factor * errors[1] > 0
 
 
 def test_perplexity_at_8_bits_is_within_one_percent(tiny_files, family):
@@ -94,7 +96,8 @@ def test_every_parameter_is_quantized_or_left_dense_for_a_reason(tiny_files, fam
     model = BlockwiseModel(open_checkpoint(str(folder)))
     plan = plan_tensors(model, Recipe(linears=QuantSpec(group_size=16)))
     reference = load_reference(folder)
-    assert sorted(t.name for t in plan) == sorted(name for name, _ in reference.named_parameters())
+    fused = {getattr(fused_tensor(model.skeleton, t.name), "name", t.name) for t in plan}
+    assert sorted(fused) == sorted(name for name, _ in reference.named_parameters())
     assert sum(t.n_parameters for t in plan) == sum(p.numel() for p in reference.parameters())
     for tensor in plan:
         assert (tensor.spec is None) == bool(tensor.reason), tensor.name
@@ -157,8 +160,8 @@ def test_what_is_tied_is_stored_once(tiny_files):
                   "transformer.h.0.mlp.c_fc.bias": None}),
         ("opt", {"model.decoder.embed_positions.weight": "embedding of something else than tokens",
                  "model.decoder.project_in.weight": "linear layer outside the blocks"}),
-        ("mixtral", {"model.layers.0.mlp.experts.gate_up_proj": "fused 3-D experts: not supported yet",
-                     "model.layers.0.mlp.experts.down_proj": "fused 3-D experts: not supported yet"}),
+        ("mixtral", {"model.layers.0.mlp.gate.weight": "not a linear layer of a block"}),  # the router
+        ("gpt_oss", {"model.layers.0.mlp.experts.3.gate_up_proj.bias": "norm, bias or other vector"}),
     ],
 )  # fmt: skip
 def test_what_is_left_dense_is_listed_with_its_reason(tiny_files, family, dense):

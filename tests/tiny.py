@@ -58,7 +58,30 @@ PACKED_KINDS = [  # a family and what it is compressed with: each way to store a
     ("qwen2", ("--format", "trellis", "--bits", "2")),
     ("opt", ("--method", "int8", "--group-size", "-1", "--outlier-features", "4")),
 ]
-EXPERTS = {"mixtral": {**SIZES, "num_local_experts": 4}}  # fused 3-D expert tensors
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    **SIZES,
+    **ROUTED,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "topk_group": 1,
+}
+EXPERTS: dict[str, dict[str, Any]] = {  # fused 3-D expert tensors
+    "mixtral": {**SIZES, "num_local_experts": 4},
+    "qwen2_moe": {**SIZES, **ROUTED, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**SIZES, **ROUTED, "head_dim": 8},
+    "deepseek_v2": {**LATENT, "q_lora_rank": None, "n_group": 1},
+    "deepseek_v3": {**LATENT, "q_lora_rank": 16, "n_group": 2},
+    "olmoe": {**SIZES, "num_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},  # stored as 3-D tensors
+    "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
+}
 
 
 def make_model(family: str, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **save: Any) -> Path:

@@ -9,6 +9,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
+from formats.experts import fuse_experts
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
@@ -28,7 +29,8 @@ def _decoded(file: QtmFile, dtype: torch.dtype) -> Iterator[Tensors]:
     model = build_skeleton(model_config(file))
     for names in names_by_block(file):
         tensors = {name: decode_tensor(file, file.tensors[name]).to(dtype) for name in names}
-        # transformers fuses some tensors on loading (experts); on disk they have their published names.
+        # transformers fuses some tensors on loading; on disk they have their published names.
+        tensors = fuse_experts(model, tensors)
         tensors = revert_weight_conversion(model, tensors)
         yield {name: tensor.contiguous() for name, tensor in tensors.items()}
         file.drop_pages()

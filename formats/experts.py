@@ -1,0 +1,161 @@
+"""Mixtures of experts taken apart: every expert's matrices are linears of their own.
+
+transformers fuses the experts of a block into tensors [experts, ...]. A `SeparateExperts` stands where such a module
+stood, its tensors called `<module>.<expert>.<projection>.weight` (and `.bias`), each [out, in].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_SEPARATE = re.compile(r"(.+)\.(\d+)\.(gate_up_proj|up_proj|down_proj)\.(weight|bias)")
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+"""What transformers notes on every module whose experts it can run in several ways."""
+
+
+class FusedTensor(NamedTuple):
+    """Where transformers has a tensor of one expert."""
+
+    name: str
+    expert: int
+
+
+class Expert(nn.Module):
+    """Two linears; what lies between them is the mixture's."""
+
+    def __init__(self, up_name: str, up: nn.Linear, down: nn.Linear) -> None:
+        super().__init__()
+        self._up_name = up_name
+        self.add_module(up_name, up)
+        self.down_proj = down
+
+    @property
+    def up(self) -> nn.Module:
+        """gate_up_proj, or up_proj where there is no gate."""
+        return self.get_submodule(self._up_name)
+
+
+class SeparateExperts(nn.Module):
+    """The same function as the fused module: each token's chosen experts, weighted and summed."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        self._fused = (fused,)  # in a tuple, so that it is no submodule: its activation is asked for, its tensors go
+        self._has_gate, self.is_transposed = bool(fused.has_gate), bool(fused.is_transposed)
+        up_name = "gate_up_proj" if self._has_gate else "up_proj"
+        up, down = fused.get_parameter(up_name), fused.get_parameter("down_proj")
+        for expert in range(len(up)):
+            made = [_linear(fused, tensor.shape[1:], bool(fused.has_bias)) for tensor in (up, down)]
+            self.add_module(str(expert), Expert(up_name, *made))
+        self.n_experts = len(up)
+        if fused.has_post_expert_norm:
+            self.post_expert_norm = fused.post_expert_norm
+        for name, _ in list(fused.named_parameters(recurse=False)):
+            delattr(fused, name)
+
+    def forward(self, hidden_states: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
+        """hidden_states [tokens, hidden]; by position or name, which experts [tokens, k] i64, and their weights."""
+        chosen, weights = (*routes, *named.values())
+        rows, slots, counts = self.routed(chosen)
+        gathered = hidden_states[rows]
+        outputs = torch.empty_like(gathered)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                outputs[start : start + count] = self.run(expert, gathered[start : start + count])
+                start += count
+        summed = hidden_states.new_zeros(chosen.numel(), hidden_states.shape[-1])
+        summed[slots] = outputs * weights.reshape(-1)[slots, None].to(outputs.dtype)
+        return summed.view(*chosen.shape, -1).sum(-2)
+
+    def routed(self, chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Of chosen experts [tokens, k], in the order of the experts: tokens, places in `chosen`, how many of each.
+
+        Numbers beyond the last expert stand for none.
+        """
+        flat = chosen.reshape(-1)
+        slots = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=self.n_experts)[: self.n_experts].tolist()
+        slots = slots[: sum(counts)]
+        return slots // chosen.shape[-1], slots, counts
+
+    def expert(self, number: int) -> Expert:
+        found = self.get_submodule(str(number))
+        assert isinstance(found, Expert)
+        return found
+
+    def run(self, number: int, x: Tensor) -> Tensor:
+        """The output of one expert for its tokens x [n, hidden]."""
+        expert = self.expert(number)
+        output: Tensor = expert.down_proj(self.between(expert.up(x)))
+        for norm in self._norms():
+            output = norm(output)
+        return output
+
+    def _norms(self) -> list[nn.Module]:
+        return [self.get_submodule("post_expert_norm")] if "post_expert_norm" in self._modules else []
+
+    def between(self, projected: Tensor) -> Tensor:
+        """What the down projection reads, of the output of the one before."""
+        fused: Any = self._fused[0]
+        return fused._apply_gate(projected) if self._has_gate else fused.act_fn(projected)  # type: ignore[no-any-return]
+
+
+def _linear(fused: Any, shape: torch.Size, bias: bool) -> nn.Linear:
+    out_features, in_features = reversed(shape) if fused.is_transposed else shape
+    with torch.device("meta"):
+        return nn.Linear(in_features, out_features, bias=bias)
+
+
+def separate_experts(model: nn.Module) -> None:
+    """Put a `SeparateExperts`, on meta, in the place of every fused mixture of `model`; others stay as they are."""
+    for name, module in list(model.named_modules()):
+        if _is_fused(module):
+            model.set_submodule(name, SeparateExperts(module))
+
+
+def _is_fused(module: Any) -> bool:
+    """Whether all tensors of `module` are those that a fused mixture has."""
+    if not all(hasattr(module, flag) for flag in _FLAGS):
+        return False
+    expected = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
+    if module.has_bias:
+        expected |= {f"{name}_bias" for name in expected}
+    own = dict(module.named_parameters(recurse=False))
+    norms = [name for name, _ in module.named_children() if name != "act_fn"]
+    return own.keys() == expected and norms == ["post_expert_norm"] * bool(module.has_post_expert_norm)
+
+
+def mixtures(model: nn.Module) -> Iterator[tuple[str, SeparateExperts]]:
+    """Name and module of every mixture that has been taken apart."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SeparateExperts))
+
+
+def fused_tensor(model: nn.Module, name: str) -> FusedTensor | None:
+    """The tensor of transformers that the tensor `name` is a part of, unless it is none of an expert's."""
+    match = _SEPARATE.fullmatch(name)
+    if match is None or not isinstance(model.get_submodule(match[1]), SeparateExperts):
+        return None
+    suffix = "_bias" if match[4] == "bias" else ""
+    return FusedTensor(f"{match[1]}.{match[3]}{suffix}", int(match[2]))
+
+
+def fuse_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of experts put together as transformers has them; of each mixture all or none are given."""
+    fused: dict[str, list[Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        part = fused_tensor(model, name)
+        if part is None:
+            others[name] = tensor
+        else:
+            mixture = model.get_submodule(part.name.rpartition(".")[0])
+            assert isinstance(mixture, SeparateExperts)
+            parts = fused.setdefault(part.name, [tensor] * mixture.n_experts)
+            parts[part.expert] = tensor.T if mixture.is_transposed and tensor.dim() == 2 else tensor
+    return others | {name: torch.stack(parts) for name, parts in fused.items()}

@@ -1,0 +1,228 @@
+"""A block's mixture of experts over the whole calibration set: its tokens lie on disk, and few experts in memory.
+
+What QMoE calls a list buffer (arXiv 2310.16795, section 3.2): one buffer holds what the mixture reads of all tokens.
+An expert's tokens are gathered from it, and what the expert makes of them is added to a second one, so that memory
+grows neither with the experts nor with the tokens. The block itself is run twice around it: up to the mixture, and
+once more with what the mixture has given.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.hessian import HessianAccumulator, LayerStats
+from formats.experts import SeparateExperts, fused_tensor
+from formats.skeleton import split_name
+from qtool.checkpoint import find_tensor
+from qtool.errors import naming
+from qtool.model import BlockwiseModel
+from qtool.states import TOKENS_PER_BATCH, HiddenStates, instead_of
+
+INPUTS_FILE, OUTPUTS_FILE = "experts.inputs", "experts.outputs"
+MAX_SHARE = 4
+"""Times the mean: so many tokens of an expert count at most, as in QMoE; a popular one would take all the time."""
+BATCH_ELEMENTS = 1 << 24
+"""Weights and statistics of the experts that are in memory together, unless one alone has more."""
+
+Handle = Callable[[list[str], Mapping[str, LayerStats]], None]
+"""Is given the names of tensors that are in memory and the statistics of their linears; leaves the tensors as those
+that the experts are to give their outputs with."""
+
+
+class _Reached(Exception):
+    """The mixture was called: what lies behind it is not wanted now."""
+
+
+class Mixture:
+    """The experts of one block."""
+
+    def __init__(self, model: BlockwiseModel, index: int, name: str) -> None:
+        self.model, self.index, self.name = model, index, name
+        module = model.skeleton.get_submodule(name)
+        assert isinstance(module, SeparateExperts)
+        self.experts = module
+        self._names: dict[int, list[str]] = {}
+        for tensor in model.tensor_names(f"{name}."):
+            part = fused_tensor(model.skeleton, tensor)
+            if part is not None:
+                self._names.setdefault(part.expert, []).append(tensor)
+        self._in_memory = max(1, BATCH_ELEMENTS // max(map(self._elements, self._names), default=1))
+
+    def _elements(self, number: int) -> int:
+        """Of an expert: its tensors, and the statistics of its linears."""
+        shapes = [find_tensor(self.model.skeleton, name).shape for name in self._names[number]]
+        return sum(math.prod(shape) + (shape[1] ** 2 if len(shape) == 2 else 0) for shape in shapes)
+
+    @contextmanager
+    def in_memory(self, numbers: Iterable[int]) -> Iterator[list[str]]:
+        """The tensors of some experts, and their names."""
+        names = [name for number in numbers for name in self._names[number]]
+        with self.model.materialised(names):
+            yield names
+
+    def visit(self, handle: Handle) -> None:
+        """Handle all experts, a few at a time, without statistics."""
+        for numbers in self.batches(range(self.experts.n_experts)):
+            with self.in_memory(numbers) as names:
+                handle(names, {})
+
+    def batches(self, numbers: Iterable[int]) -> Iterator[list[int]]:
+        """The numbers of experts that are in memory together."""
+        numbers = list(numbers)
+        for start in range(0, len(numbers), self._in_memory):
+            yield numbers[start : start + self._in_memory]
+
+    def by_layer(self, number: int, up: LayerStats, down: LayerStats) -> dict[str, LayerStats]:
+        """An expert's statistics by the names of its linears."""
+        layers = dict.fromkeys(split_name(name)[0] for name in self._names[number])
+        return {layer: down if layer.endswith(".down_proj") else up for layer in layers}
+
+
+class RoutedTokens:
+    """What a mixture reads of the calibration set, which experts each token goes to, and what they give."""
+
+    def __init__(self, mixture: Mixture, states: HiddenStates) -> None:
+        """Run the block, but for its experts, up to the mixture, and keep what that reads."""
+        self.mixture, self._folder = mixture, states.folder
+        self._pool: HessianAccumulator | None = None
+        chosen: list[Tensor] = []
+        weights: list[Tensor] = []
+
+        def keep(hidden: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
+            x = hidden.float().contiguous()
+            self._pool = self._pool or HessianAccumulator(x.shape[-1])
+            self._pool.add(x)
+            file.write(x.numpy().data)
+            routed = [*routes, *named.values()]
+            chosen.append(routed[0].int())
+            weights.append(routed[1].float())
+            raise _Reached
+
+        path = self._folder / INPUTS_FILE
+        with naming(path), open(path, "wb") as file, instead_of(mixture.experts, keep):
+            for batch in states.read(mixture.index):
+                try:
+                    mixture.model.run(mixture.index, batch)
+                except _Reached:
+                    continue
+        self._route(torch.cat(chosen), torch.cat(weights))
+        self._inputs = self._map(INPUTS_FILE, "r")
+        self._outputs = self._map(OUTPUTS_FILE, "w+")
+
+    def _route(self, chosen: Tensor, weights: Tensor) -> None:
+        rows, slots, self.counts = self.mixture.experts.routed(chosen)
+        self._rows = rows.split(self.counts)
+        self._weights = weights.reshape(-1)[slots].split(self.counts)
+        self._n_tokens = len(chosen)
+
+    def _map(self, name: str, mode: Any) -> np.memmap[Any, Any]:
+        path = self._folder / name
+        width = (self._folder / INPUTS_FILE).stat().st_size // (4 * self._n_tokens)
+        with naming(path):
+            return np.memmap(path, np.float32, mode, shape=(self._n_tokens, width))
+
+    def visit(self, min_tokens: int, handle: Handle) -> list[int]:
+        """Calibrate the experts, a few at a time, and add up what they give once they have been handled.
+
+        Experts that saw fewer than `min_tokens` tokens, which are returned, are handled last, with the statistics of
+        all experts together.
+        """
+        mixture, numbers = self.mixture, range(self.mixture.experts.n_experts)
+        assert self._pool is not None
+        few = [number for number in numbers if self.counts[number] < max(min_tokens, 1)]
+        pooled = _Pool(self._pool.result())
+        for batch in mixture.batches(number for number in numbers if number not in set(few)):
+            with mixture.in_memory(batch) as names:
+                stats: dict[str, LayerStats] = {}
+                for number in batch:
+                    up, down = self._statistics(number)
+                    if few:
+                        pooled.add(down)
+                    stats |= mixture.by_layer(number, up, down)
+                handle(names, stats)
+                self._add_outputs(batch)
+        for batch in mixture.batches(number for number in few if self.counts[number]):
+            with mixture.in_memory(batch):
+                for number in batch:
+                    pooled.add(self._statistics(number)[1])
+        for batch in mixture.batches(few):
+            with mixture.in_memory(batch) as names:
+                handle(names, {k: v for n in batch for k, v in mixture.by_layer(n, pooled.up, pooled.down).items()})
+                self._add_outputs(batch)
+        return few
+
+    def _statistics(self, number: int) -> tuple[LayerStats, LayerStats]:
+        """Of what both linears of an expert read, which has its weights; at most `MAX_SHARE` of its tokens count."""
+        rows = self._rows[number]
+        at_most = max(1, MAX_SHARE * sum(self.counts) // len(self.counts))
+        if len(rows) > at_most:
+            rows = rows[torch.linspace(0, len(rows) - 1, at_most).long()]
+        expert: Any = self.mixture.experts.expert(number)
+        up, down = HessianAccumulator(expert.up.in_features), HessianAccumulator(expert.down_proj.in_features)
+        for part in rows.split(TOKENS_PER_BATCH):
+            x = self._gather(part)
+            up.add(x)
+            down.add(self.mixture.experts.between(expert.up(x)))
+        self._drop_pages()
+        return up.result(), down.result()
+
+    def _add_outputs(self, numbers: Iterable[int]) -> None:
+        """Add what some experts make of their tokens to the mixture's output."""
+        for number in numbers:
+            parts = (part[number].split(TOKENS_PER_BATCH) for part in (self._rows, self._weights))
+            for rows, weights in zip(*parts, strict=True):
+                if len(rows):
+                    given = self.mixture.experts.run(number, self._gather(rows)) * weights[:, None]
+                    self._outputs[rows.numpy()] += given.numpy()
+            self._drop_pages()
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        return torch.from_numpy(self._inputs[rows.numpy()])
+
+    def _drop_pages(self) -> None:
+        """Give pages back that were read or written: they stay in the file."""
+        for mapped in (self._inputs, self._outputs):
+            mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The mixture gives what its experts gave, batch after batch, while the block is run over the set again."""
+        start = 0
+
+        def replay(hidden: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
+            nonlocal start
+            stop = start + hidden.numel() // hidden.shape[-1]
+            given = torch.from_numpy(np.array(self._outputs[start:stop])).view(hidden.shape)
+            start = stop
+            return given
+
+        with instead_of(self.mixture.experts, replay):
+            yield
+        for name in (INPUTS_FILE, OUTPUTS_FILE):
+            (self._folder / name).unlink()
+
+
+class _Pool:
+    """The statistics of a mixture's experts taken together."""
+
+    def __init__(self, up: LayerStats) -> None:
+        self.up = up
+        self._hessian, self._absmax, self._n_tokens = torch.tensor(0.0), torch.tensor(0.0), 0
+
+    def add(self, stats: LayerStats) -> None:
+        """Add what the second linear of an expert read."""
+        self._hessian = torch.add(self._hessian, stats.hessian, alpha=stats.n_tokens)
+        self._absmax = torch.maximum(self._absmax, stats.absmax)
+        self._n_tokens += stats.n_tokens
+
+    @property
+    def down(self) -> LayerStats:
+        return LayerStats(self._hessian / max(self._n_tokens, 1), self._n_tokens, self._absmax)
