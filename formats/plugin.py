@@ -40,10 +40,16 @@ class QtoolQuantizer(HfQuantizer):
                 ready_device(f"cuda:{device}" if isinstance(device, int) else str(device))
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        from formats.experts import separate_experts
         from formats.packed_model import check_sections, make_room
 
+        separate_experts(model)
         names = make_room(model, self.quantization_config.weights, model.config.dtype)
         check_sections(model, names, checkpoint_files or ())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """None: the folder has the names of the model, and its experts apart."""
+        return []
 
     def is_serializable(self) -> bool:
         return True

@@ -19,7 +19,7 @@ from qtool.recipe import Recipe
 from qtool.sample import SAMPLES_PER_BATCH
 from qtool.sensitivity import LOGITS_BACKWARD, windows_backward
 from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
-from qtool.states import TOKENS_PER_BATCH, windows_per_batch
+from qtool.states import EXPERT_FILES, STATES_FILES, TOKENS_PER_BATCH, windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
 COMPILER_BYTES = 170_000_000  # numba, which compiles the trellis's search
@@ -37,7 +37,7 @@ class Budget:
 
     windows_per_batch: int
     peak_rss_bytes: int  # a bound for the whole run
-    states_bytes: int  # of one file of hidden states on disk
+    states_bytes: int  # of all files of hidden states on disk, besides those of measuring
     measuring_bytes: int = 0  # of all that a target takes on disk while it is measured
     max_memory_bytes: int | None = None
 
@@ -61,7 +61,8 @@ def plan_budget(
             peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
             measuring = _measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
-            return Budget(windows, peak, states_bytes, measuring if recipe.target else 0, max_memory_bytes)
+            n_files = len(STATES_FILES) + len(EXPERT_FILES) * any(tensor.is_expert for tensor in plan)
+            return Budget(windows, peak, n_files * states_bytes, measuring if recipe.target else 0, max_memory_bytes)
         if windows == 1 or not n_windows:
             raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")
         windows //= 2
@@ -179,7 +180,7 @@ def check_disk_for_states(journal: Journal, budget: Budget) -> None:
 def check_disk(journal: Journal, plan: list[TensorPlan], files: Mapping[str, bytes], budget: Budget) -> None:
     """Refuse to start when the work folder, or the output where that lies elsewhere, has not the space for the run."""
     whole = file_bytes(plan, files)
-    _require_with_journal(journal, whole + 2 * budget.states_bytes)
+    _require_with_journal(journal, whole + budget.states_bytes)
     if os.stat(journal.folder).st_dev != os.stat(journal.output.parent).st_dev:
         _require(journal.output.parent, whole)
 

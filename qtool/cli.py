@@ -35,15 +35,19 @@ def main() -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--experts", is_flag=True, help="List every expert: its tokens, statistics, error and bits.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="HTML", help="Write a page with pictures of it all.")
 @click.option("--layer", metavar="TENSOR", help="Whose outliers the page shows.  [default: that with most of them]")
 @click.option("--force", is_flag=True, help="Replace the page if it exists.")
 @json_option
-def inspect(file: Path, tensors: bool, report: Path | None, layer: str | None, force: bool, as_json: bool) -> None:
+def inspect(
+    file: Path, tensors: bool, experts: bool, report: Path | None, layer: str | None, force: bool, as_json: bool
+) -> None:
     """Show what is in FILE. Only the header is read, and for the page one layer.
 
     \b
     qtool inspect model.qtm --tensors
+    qtool inspect mixture.qtm --experts
     qtool inspect model.qtm --json | jq .bits_per_weight
     qtool inspect model.qtm --report model.html
     """
@@ -54,7 +58,12 @@ def inspect(file: Path, tensors: bool, report: Path | None, layer: str | None, f
         from qtool.pictures.picture import write_report
 
         found["report"] = write_report(file, report, layer, overwrite=force)
-    emit(found, "" if as_json else format_inspection(found, tensors=tensors), as_json)
+    if experts:
+        from qtool.expert_report import format_experts, list_experts
+
+        found["experts"] = list_experts(found)
+    text = "" if as_json else format_inspection(found, tensors=tensors)
+    emit(found, text + format_experts(found["experts"]) if experts else text, as_json)
 
 
 @main.command()

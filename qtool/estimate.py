@@ -37,7 +37,7 @@ def estimate_run(job: Job) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
         "quantized_share": quantized / parameters,
         "peak_rss_bytes": budget.peak_rss_bytes,
-        "work_bytes": 2 * budget.states_bytes,  # a target is measured by now
+        "work_bytes": budget.states_bytes,  # a target is measured by now
         "seconds": _seconds(model, plan, recipe),
         "layers": [
             {

@@ -32,12 +32,19 @@ from formats.reader import QtmFile
 from formats.writer import sync_folder
 from qtool.errors import CheckpointError, ConfigError, QuantizeError, naming
 from qtool.lock import locked_folder, locked_output
-from qtool.states import STATES_FILES
+from qtool.states import EXPERT_FILES, STATES_FILES
 
 MANIFEST, LINES, SECTIONS = "manifest.json", "journal.jsonl", "sections"
 SWEEP, SWEEP_PART, SWEEP_STATES = "sweep.json", "sweep.part.json", ("sweep.0", "sweep.1")
 FORWARD, GRADIENT = "forward.", "gradient."
-_FILES = (*STATES_FILES, SECTIONS, LINES, f"{MANIFEST}.new", MANIFEST)  # in the order in which they are removed
+_FILES = (
+    *EXPERT_FILES,
+    *STATES_FILES,
+    SECTIONS,
+    LINES,
+    f"{MANIFEST}.new",
+    MANIFEST,
+)  # in the order in which they are removed
 _MEASURING = (
     SWEEP_PART, f"{SWEEP_PART}.new", f"{SWEEP}.new", *SWEEP_STATES, f"{FORWARD}[0-9]*", f"{GRADIENT}[0-9]*"
 )  # fmt: skip

@@ -24,9 +24,9 @@ from formats.skeleton import split_name
 from qtool.checkpoint import find_tensor
 from qtool.errors import naming
 from qtool.model import BlockwiseModel
-from qtool.states import TOKENS_PER_BATCH, HiddenStates, instead_of
+from qtool.states import EXPERT_FILES, TOKENS_PER_BATCH, HiddenStates, instead_of
 
-INPUTS_FILE, OUTPUTS_FILE = "experts.inputs", "experts.outputs"
+INPUTS_FILE, OUTPUTS_FILE = EXPERT_FILES
 MAX_SHARE = 4
 """Times the mean: so many tokens of an expert count at most, as in QMoE; a popular one would take all the time."""
 BATCH_ELEMENTS = 1 << 24
@@ -206,7 +206,7 @@ class RoutedTokens:
 
         with instead_of(self.mixture.experts, replay):
             yield
-        for name in (INPUTS_FILE, OUTPUTS_FILE):
+        for name in EXPERT_FILES:
             (self._folder / name).unlink()
 
 

@@ -89,11 +89,22 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("warning", f"{name} {text}") for name in found["quality"].get(key, ())]
     dropped = found["quality"].get("dropped_tokens", {})
     lines += [("warning", f"{name}: {n} tokens with NaN or infinity left out") for name, n in dropped.items()]
+    lines += _describe_experts(found["quality"].get("experts") or {})
     dense = [row for row in rows if row["encoding"] == "dense"]
     lines.append(("left dense", f"{len(dense)} tensors: {fold_names(row['name'] for row in dense)}"))
     if "report" in found:
         lines.append(("report", found["report"]))
     return lines
+
+
+def _describe_experts(mixtures: dict[str, Any]) -> list[tuple[str, str]]:
+    """How well the calibration text covered them."""
+    if not mixtures:
+        return []
+    tokens = [n for of_one in mixtures.values() for n in of_one["tokens"]]
+    pooled = sum(len(of_one["pooled"]) for of_one in mixtures.values())
+    told = f"{len(tokens)} in {len(mixtures)} blocks, {min(tokens)} to {max(tokens)} tokens each"
+    return [("experts", f"{told}; {pooled} calibrated on what all of their block's read" if pooled else told)]
 
 
 def _describe_recipe(recipe: dict[str, Any], linears: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ from qtool.errors import ConfigError, naming
 from qtool.model import BlockwiseModel
 
 STATES_FILES = ("states.0", "states.1")
+EXPERT_FILES = ("experts.inputs", "experts.outputs")
+"""What the mixture of the block being done reads and gives; each as large as the states."""
 TOKENS_PER_BATCH = 1024
 """Tokens run through a block at a time: enough for full matrix speed, little enough for short temporaries."""
 

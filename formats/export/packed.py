@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
@@ -42,12 +41,11 @@ def _is_packed(file: QtmFile, model: PreTrainedModel, entry: TensorEntry) -> boo
 def _blocks(file: QtmFile, model: PreTrainedModel, packed: dict[str, TensorEntry]) -> Iterator[Tensors]:
     """The tensors of each block."""
     for names in names_by_block(file):
-        dense = {
-            name: decode_tensor(file, file.tensors[name]).to(_stored_dtype(file.tensors[name]))
+        tensors = {
+            name: decode_tensor(file, file.tensors[name]).to(_stored_dtype(file.tensors[name])).contiguous()
             for name in names
             if name not in packed
         }
-        tensors = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, dense).items()}
         for name in names:
             if name in packed:
                 tensors[section_name(model, name)] = section_tensor(file, packed[name]).clone()

@@ -1,0 +1,70 @@
+"""What `inspect --experts` shows: of every expert its tokens, its statistics, its error and its bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from formats.errors import FormatError
+from qtool.sizes import format_bytes
+
+_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+
+
+def list_experts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each expert, from what `inspect_file` found. FormatError where there is none.
+
+    error: the mean of its linears' relative errors, None without one; bits: all that is stored, for each weight.
+    """
+    calibrated = found["quality"].get("experts") or {}
+    experts: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found["tensors"]:
+        match = _EXPERT.fullmatch(row["name"])
+        if match is not None and len(row["shape"]) == 2 and match[1].endswith("experts"):
+            experts.setdefault((match[1], int(match[2])), []).append(row)
+    if not experts:
+        raise FormatError("--experts: the file's model has none")
+    try:
+        return [_expert(*key, experts[key], calibrated.get(key[0], {})) for key in sorted(experts, key=_in_order)]
+    except (TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"header: quality is not as qtool writes it: {error} (SPEC 3.4)") from error
+
+
+def _in_order(key: tuple[str, int]) -> list[str | int]:
+    """By the numbers in a mixture's name, then by the expert's."""
+    return [*(int(part) if part.isdigit() else part for part in key[0].split(".")), key[1]]
+
+
+def _expert(mixture: str, number: int, rows: list[dict[str, Any]], calibrated: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = calibrated.get("tokens")
+    errors = [row["relative_error"] for row in rows if row["relative_error"] is not None]
+    parameters = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    n_bytes = sum(row["bytes"] for row in rows)
+    return {
+        "mixture": mixture,
+        "expert": number,
+        "tokens": None if tokens is None else int(tokens[number]),
+        "statistics": None if tokens is None else "all" if number in calibrated.get("pooled", ()) else "own",
+        "error": sum(errors) / len(errors) if errors else None,
+        "bits": 8 * n_bytes / parameters,
+        "bytes": n_bytes,
+    }
+
+
+def format_experts(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as a table for each mixture, its experts with the fewest tokens first."""
+    mixtures: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        mixtures.setdefault(row["mixture"], []).append(row)
+    lines = []
+    for name, experts in mixtures.items():
+        total = sum(row["bytes"] for row in experts)
+        lines += ["", f"{name}: {len(experts)} experts, {format_bytes(total)}"]
+        lines.append(f"  {'expert':>6}  {'tokens':>9}  {'statistics':>10}  {'error':>9}  {'bits':>7}")
+        for row in sorted(experts, key=lambda row: row["tokens"] or 0):
+            tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
+            error = "-" if row["error"] is None else f"{row['error']:.2e}"
+            statistics = row["statistics"] or "-"
+            lines.append(f"  {row['expert']:>6}  {tokens:>9}  {statistics:>10}  {error:>9}  {row['bits']:>7.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""Mixtures of experts, each kind that transformers fuses: every expert is solved on the tokens that reach it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from blockwise import blockwise_logits, some_ids
+from invoke import qtool_json, refusal, run_qtool
+from safetensors import safe_open
+from tiny import EXPERTS, load_reference
+
+import qtool
+from calibration.capture import HessianCapture
+from formats.experts import SeparateExperts, fuse_experts, mixtures
+from formats.reader import QtmFile
+from qtool import mixture as mixture_module
+from qtool.checkpoint import open_checkpoint
+from qtool.mixture import Mixture, RoutedTokens
+from qtool.model import BlockwiseModel
+from qtool.numerics import exact_float32
+from qtool.states import HiddenStates
+
+SOME = ("--min-expert-tokens", "8")
+KINDS = sorted(EXPERTS.keys() - {"mixtral", "gpt_oss"})  # test_families.py takes these two apart in more ways
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_goes_all_the_way(tiny_files, family, tmp_path):
+    """compress, load, eval, generate, verify --against, and both exports."""
+    folder, ids = tiny_files.model(family), some_ids(batch=2)
+    file = tiny_files.compressed(family)
+    with exact_float32():
+        torch.testing.assert_close(blockwise_logits(folder, ids), load_reference(folder)(ids).logits, rtol=0, atol=1e-5)
+        loaded = qtool.load(file)(ids).logits
+    torch.testing.assert_close(loaded, blockwise_logits(file, ids), rtol=0, atol=1e-5)
+
+    quality = qtool_json(
+        "eval", "perplexity", file, "--baseline", folder, "--data", tiny_files.text, "--seq-len", 64
+    )  # fmt: skip
+    assert quality["perplexity"] == pytest.approx(quality["baseline_perplexity"], rel=0.1)
+    assert qtool_json("generate", file, "--prompt", "the", "--max-new-tokens", 3)["text"]
+    layers = qtool_json("verify", file, "--against", folder, "--calibration", tiny_files.text)["layers"]
+    assert sum(".experts." in layer["name"] for layer in layers) == 2 * sum(
+        module.n_experts for _, module in mixtures(qtool.load(file))
+    )
+    for kind in ("dense", "transformers"):
+        assert run_qtool("export", file, "--to", kind, "-o", tmp_path / kind).exit_code == 0
+        with exact_float32():
+            exported = load_reference(tmp_path / kind)(ids).logits
+        torch.testing.assert_close(exported, loaded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_all_matrices_of_all_experts_are_quantized(tiny_files, family):
+    found = qtool_json("inspect", tiny_files.compressed(family))
+    of_experts = [row for row in found["tensors"] if ".experts." in row["name"] and len(row["shape"]) == 2]
+    assert of_experts and all(row["encoding"] == "uniform" for row in of_experts)
+    routers = [row for row in found["tensors"] if row["name"].endswith(("mlp.gate.weight", "router.weight"))]
+    assert routers and all(row["encoding"] == "dense" for row in routers)
+
+
+def _first_mixture(family, tiny_files, tmp_path):
+    """The first block with a mixture, ready to be calibrated: (mixture, states, the whole block's statistics)."""
+    model = BlockwiseModel(open_checkpoint(str(tiny_files.model(family))))
+    ids = some_ids(batch=3)
+    states = HiddenStates(tmp_path, ids, 2)
+    index = next(i for i in range(len(model.blocks)) if model.mixture(i))
+    with model.outside(head=False):
+        hidden = model.embed(ids)
+        model.learn_calls(states.batches)
+    for before in range(index):
+        with model.block(before):
+            hidden = torch.cat([model.run(before, x) for x in hidden.split(2)])
+    states.write(index, hidden.split(2))
+    with model.block(index):
+        stats = HessianCapture(model.linears(index)).run(lambda x: model.run(index, x), states.read(index))
+        want = torch.cat([model.run(index, x) for x in states.read(index)])
+    return Mixture(model, index, model.mixture(index)), states, stats, want
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_an_experts_statistics_and_outputs_are_those_of_the_whole_block(tiny_files, family, tmp_path, monkeypatch):
+    """A few experts in memory at a time, tokens on disk, against the block as transformers runs it."""
+    monkeypatch.setattr(mixture_module, "MAX_SHARE", 1000)
+    monkeypatch.setattr(mixture_module, "BATCH_ELEMENTS", 10000)  # one or two experts
+    with exact_float32():
+        mixture, states, stats, want = _first_mixture(family, tiny_files, tmp_path)
+        assert 1 <= len(next(mixture.batches(range(4)))) < 4
+        seen = {}
+        with mixture.model.block(mixture.index, experts=False):
+            tokens = RoutedTokens(mixture, states)
+            assert tokens.visit(0, lambda names, found: seen.update(found)) == [
+                n for n, count in enumerate(tokens.counts) if not count
+            ]
+            with tokens.replayed():
+                given = torch.cat([mixture.model.run(mixture.index, x) for x in states.read(mixture.index)])
+    torch.testing.assert_close(given, want, rtol=0, atol=1e-5)
+    reached = {name for name in stats if ".experts." in name}
+    assert reached
+    for name in reached:
+        assert seen[name].n_tokens == stats[name].n_tokens
+        torch.testing.assert_close(seen[name].hessian, stats[name].hessian)
+        torch.testing.assert_close(seen[name].absmax, stats[name].absmax)
+    assert sum(tokens.counts) == 3 * 48 * 2  # two experts a token
+    assert not list(tmp_path.glob("experts.*"))
+
+
+def test_an_expert_with_few_tokens_is_calibrated_on_those_of_all(tiny_files, tmp_path):
+    with exact_float32():
+        mixture, states, stats, _ = _first_mixture("qwen2_moe", tiny_files, tmp_path)
+        seen = {}
+        with mixture.model.block(mixture.index, experts=False):
+            tokens = RoutedTokens(mixture, states)
+            least = sorted(tokens.counts)[3]
+            few = tokens.visit(least, lambda names, found: seen.update(found))
+    assert sorted(few) == [n for n, count in enumerate(tokens.counts) if count < least] and few
+    up = seen[f"{mixture.name}.{few[0]}.gate_up_proj"]
+    torch.testing.assert_close(up.hessian, stats[f"{mixture.name.rpartition('.')[0]}.shared_expert.up_proj"].hessian)
+    downs = [stats[f"{mixture.name}.{n}.down_proj"] for n in range(8) if tokens.counts[n]]
+    pooled = sum(one.hessian * one.n_tokens for one in downs) / sum(one.n_tokens for one in downs)
+    torch.testing.assert_close(seen[f"{mixture.name}.{few[0]}.down_proj"].hessian, pooled)
+
+
+def test_a_popular_expert_counts_four_times_the_mean_at_most(tiny_files, tmp_path):
+    with exact_float32():
+        mixture, states, _, _ = _first_mixture("mixtral", tiny_files, tmp_path)
+        with mixture.model.block(mixture.index, experts=False):
+            tokens = RoutedTokens(mixture, states)
+            rows = torch.arange(144).repeat(2)
+            tokens._rows = (rows, rows[:0], rows[:0], rows[:0])
+            for n_experts, most in ((4, 288), (16, 4 * 288 // 16)):
+                tokens.counts = [288] + [0] * (n_experts - 1)
+                with mixture.in_memory([0]):
+                    assert tokens._statistics(0)[0].n_tokens == most
+
+
+def test_the_file_says_what_reached_each_expert(tiny_files, tmp_path):
+    file = tiny_files.compressed("qwen2_moe", *SOME)
+    found = qtool_json("inspect", file, "--experts")
+    rows, quality = found["experts"], found["quality"]["experts"]
+    assert len(rows) == 3 * 8
+    for name, counted in quality.items():
+        of_one = [row for row in rows if row["mixture"] == name]
+        assert [row["tokens"] for row in of_one] == counted["tokens"]
+        assert sum(counted["tokens"]) == 4 * 64 * 2  # windows, tokens, two experts each
+        assert {row["expert"] for row in of_one if row["statistics"] == "all"} == set(counted["pooled"])
+        assert counted["pooled"] == [n for n, count in enumerate(counted["tokens"]) if count < 8]
+    assert all(row["error"] > 0 and 4 < row["bits"] < 8 for row in rows)
+    text = run_qtool("inspect", file, "--experts").stdout
+    assert "experts          24 in 3 blocks" in text
+    assert f"{rows[0]['mixture']}: 8 experts" in text
+
+
+def test_without_calibration_no_tokens_are_told(tiny_files):
+    file = tiny_files.compressed("mixtral", "--method", "rtn")
+    rows = qtool_json("inspect", file, "--experts")["experts"]
+    assert {(row["tokens"], row["statistics"]) for row in rows} == {(None, None)}
+
+
+def test_a_model_without_experts_has_none_to_list(tiny_files):
+    assert refusal("inspect", tiny_files.compressed("llama"), "--experts") == "--experts: the file's model has none"
+
+
+def test_bits_of_experts_and_of_the_rest(tiny_files):
+    file = tiny_files.compressed("mixtral", "--bits", "8", "--layer", r"[.]experts[.]=3", "--layer", "o_proj=5")
+    bits = {row["name"]: row["bits"] for row in qtool_json("inspect", file)["tensors"]}
+    assert bits["model.layers.1.mlp.experts.2.down_proj.weight"] == 3
+    assert bits["model.layers.1.self_attn.o_proj.weight"] == 5
+    assert bits["model.layers.1.self_attn.q_proj.weight"] == 8
+
+
+def test_a_target_spreads_bits_over_experts(tiny_files):
+    file = tiny_files.compressed("mixtral", "--target-bits", "5", "--format", "int")
+    assert 4.9 < qtool_json("inspect", file)["bits_per_weight"] <= 5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_are_read_however_they_are_stored(tiny_files, tmp_path, fused):
+    """A tensor for each expert's projection, as published, or one of all experts, as transformers holds them."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_files.model("mixtral"), folder)
+    if fused:
+        from safetensors.torch import save_file
+
+        state = load_reference(folder).state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    ids = some_ids()
+    with exact_float32():
+        want = load_reference(tiny_files.model("mixtral"))(ids).logits
+    torch.testing.assert_close(blockwise_logits(folder, ids), want, rtol=0, atol=1e-5)
+    assert open_checkpoint(str(folder)).unused() == []
+
+
+def test_a_missing_expert_is_named(tiny_files, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_files.model("mixtral"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("w1", "w3"):
+        del tensors[f"model.layers.1.block_sparse_moe.experts.2.{name}.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    message = refusal("compress", folder, "-o", tmp_path / "out.qtm", *tiny_files.compress_options())
+    assert "tensor model.layers.1.mlp.experts.2.gate_up_proj.weight is missing from the weights" in message
+
+
+def test_exported_experts_have_their_published_names(tiny_files, tmp_path):
+    """transformers fuses experts when it loads them; on disk every expert has its own tensors."""
+    file = tiny_files.compressed("mixtral")
+    assert run_qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    with safe_open(tmp_path / "dense" / "model.safetensors", framework="pt") as stored:
+        assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in stored.keys()  # noqa: SIM118
+
+
+def test_numbers_beyond_the_last_expert_stand_for_none():
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    fused = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=3))
+    weights = {name: torch.randn_like(p) for name, p in fused.named_parameters()}
+    fused.load_state_dict(weights)
+    x, routes = torch.randn(5, 8), torch.tensor([[0, 2], [3, 1], [3, 3], [2, 0], [1, 3]])
+    gates = torch.rand(5, 2)
+    want = fused(x, routes, gates)
+    apart = SeparateExperts(fused)
+    state = {f"{e}.{n}.weight": tensor[e] for n, tensor in weights.items() for e in range(3)}
+    apart.load_state_dict(state, assign=True)
+    torch.testing.assert_close(apart(x, routes, gates), want)
+    outer = torch.nn.Module()
+    outer.experts = apart
+    again = fuse_experts(outer, {f"experts.{name}": tensor for name, tensor in state.items()})
+    assert torch.equal(again["experts.gate_up_proj"], weights["gate_up_proj"])
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, monkeypatch):
+    from qtool import pipeline
+
+    options = tiny_files.compress_options(*SOME)
+    command = ["compress", tiny_files.model("qwen2_moe"), "-o", output, *options]
+    calls = []
+
+    def advance(model, index, states):
+        calls.append(index)
+        if index == 1 and len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, index, states)
+
+    real = pipeline.advance
+    monkeypatch.setattr(pipeline, "advance", advance)
+    assert run_qtool(*command).exit_code != 0
+    again = run_qtool(*command)
+    assert again.exit_code == 0, again.output
+    assert calls == [0, 1, 1, 2]
+    assert output.read_bytes() == tiny_files.compressed("qwen2_moe", *SOME).read_bytes()
+    with QtmFile.open(output) as file:
+        assert len(file.header.quality["experts"]) == 3
