@@ -26,6 +26,7 @@ COMPILER_BYTES = 170_000_000  # numba, which compiles the trellis's search
 TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
 SLACK = 1.15  # what the allocator holds free between tensors
 SOLVER_COPIES = 11  # of a stripe of weights as float32: scaled, free, codes, errors, decoded, the grid's temporaries
+EXPERT_COPIES = 6  # of experts that are solved together: weights, free, codes, decoded, errors; Hessian, damped, factor
 GRADIENT_COPIES = 4  # of what a forward pass makes: kept for the way back, and the gradients there
 LOGITS_COPIES = 9  # of the logits, where tokens are drawn from them and their likelihood is run back
 HEADER_ROOM_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
@@ -118,9 +119,9 @@ def _expert_moments(experts: list[TensorPlan], n_tokens: int) -> list[int]:
     """Bytes while some experts of a block are in memory: they are calibrated, or one of their linears is solved."""
     if not experts:
         return []
-    widest = max(max(t.shape) for t in experts)
-    together = 4 * BATCH_ELEMENTS + 4 * 4 * max(sum(t.n_parameters + t.shape[-1] ** 2 for t in experts[:4]), 1)
-    activations = 4 * 4 * max(n_tokens, TOKENS_PER_BATCH) * widest
+    one = max(sum(t.n_parameters + t.shape[-1] ** 2 for t in experts[:4]), 1)
+    together = 4 * EXPERT_COPIES * (BATCH_ELEMENTS + one)
+    activations = 4 * 4 * max(n_tokens, TOKENS_PER_BATCH) * max(max(t.shape) for t in experts)
     solver = max((_solver_bytes(t, calibrated=bool(n_tokens)) for t in experts if t.spec is not None), default=0)
     return [together + activations + solver]
 

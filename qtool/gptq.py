@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from formats.layer import Layer, group_index
+from formats.layer import Layer, SparseOutliers, group_index
 from qtool.errors import QuantizeError
 from qtool.fit import fit_grid
 from qtool.grid import Grid
@@ -186,13 +187,13 @@ def _kept_share(weight: Tensor, factor: Factor, spec: QuantSpec, threshold: floa
     """The share of weight [rows, in] that is kept at a threshold."""
     rule, kept = OutlierRule(threshold, factor.cost), OutlierList()
     grid = fit_grid(weight, spec, factor.input_scales, factor.cost, _metric(factor, spec), rule)
-    _round_columns(factor.stored(weight), factor, grid, _groups(weight, spec), rule, partial(kept.add, 0))
+    _round_columns(factor.stored(weight), factor, grid, groups_of(weight.shape[1], spec), rule, partial(kept.add, 0))
     return len(kept) / weight.numel()
 
 
-def _groups(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """[in] i64: the group of each column of weight [out, in]."""
-    return torch.from_numpy(group_index(weight.shape[1], spec.groups_of(weight.shape[1])))
+def groups_of(in_features: int, spec: QuantSpec) -> Tensor:
+    """[in] i64: the group of each column."""
+    return torch.from_numpy(group_index(in_features, spec.groups_of(in_features)))
 
 
 def _solve(
@@ -211,8 +212,7 @@ def _solve(
     be, it is all solved again with a higher threshold: later columns made up for nothing in those that are dropped.
     """
     out_features, in_features = weight.shape
-    groups, kept = _groups(weight, spec), OutlierList()
-    scales = None if factor is None else factor.input_scales
+    groups, kept = groups_of(in_features, spec), OutlierList()
     decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
     codes = np.empty((out_features, in_features), np.uint8)
     stripes = _stripes(weight.shape, grid.row_step)
@@ -230,13 +230,29 @@ def _solve(
             return _solve(weight, grid, spec, factor, raised, metric, is_last=True)
         kept.cut(at_most, factor.cost)
     kept.add_to(decoded)
+    return finished(weight, codes, decoded, grid, spec, factor, metric, kept.sparse((out_features, in_features)))
+
+
+def finished(
+    weight: Tensor,
+    codes: np.ndarray[Any, Any],
+    decoded: Tensor,
+    grid: Grid,
+    spec: QuantSpec,
+    factor: Factor | None,
+    metric: tuple[Tensor | None, Tensor | None],
+    outliers: SparseOutliers | None = None,
+) -> Solution:
+    """The solution of weight [out, in] from its codes and what they decode to, outliers included; input scales, which
+    are still to come, are multiplied into `decoded`."""
     lost = energy = 0.0
-    for rows in stripes:
+    for rows in _stripes(weight.shape, grid.row_step):
         stored = weight[rows] if factor is None else factor.stored(weight[rows])
         lost += output_energy(stored - decoded[rows], *metric)
         energy += output_energy(stored, *metric)
+    scales = None if factor is None else factor.input_scales
     fp16_scales = None if scales is None else scales.numpy().astype(np.float16)
-    layer = grid.layer(codes, spec.groups_of(in_features), fp16_scales, kept.sparse((out_features, in_features)))
+    layer = grid.layer(codes, spec.groups_of(weight.shape[1]), fp16_scales, outliers)
     return Solution(layer, decoded if scales is None else decoded.mul_(scales), relative_error(lost, energy))
 
 

@@ -7,8 +7,9 @@ is `formats.layer.decode`, here as in the loader.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,14 @@ class Grid(ABC):
     ) -> Layer:
         """The layer as the file will hold it, from codes [out, in] u8."""
 
+    @classmethod
+    def together(cls, grids: Sequence[Any]) -> Grid | None:
+        """One grid with the groups of all, one layer's behind the other's, to quantize layers of one shape together.
+
+        None where columns of different layers cannot be rounded at a time.
+        """
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class UniformGrid(Grid):
@@ -74,6 +83,11 @@ class UniformGrid(Grid):
 
     def rows(self, stripe: slice) -> UniformGrid:
         return UniformGrid(self.scales[:, stripe], self.zeros[:, stripe], self.bits, self.symmetric)
+
+    @classmethod
+    def together(cls, grids: Sequence[UniformGrid]) -> UniformGrid:
+        scales, zeros = (torch.cat(parts) for parts in zip(*((g.scales, g.zeros) for g in grids), strict=True))
+        return UniformGrid(scales, zeros, grids[0].bits, grids[0].symmetric)
 
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self.scales[group], self.zeros[group]

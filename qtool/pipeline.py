@@ -25,6 +25,7 @@ from qtool.budget import check_disk
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import ConfigError
 from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
+from qtool.gptq_batch import gptq_quantize_all
 from qtool.int8 import int8_quantize
 from qtool.job import Job, draw_windows, meet_target, prepare
 from qtool.journal import Journal
@@ -213,17 +214,41 @@ class _Run:
     ) -> None:
         """Solve and write tensors that are in memory; those that are quantized are left there decoded."""
         tensors = [self.plan[name] for name in names]
-        groups = by_input([t for t in tensors if t.spec is not None], stats)
-        del stats
-        while groups:
-            readers, shared = groups.pop(0)  # statistics go as soon as they have been used
-            for tensor, solution in self._solve(readers, shared):
+        together = [t for t in tensors if t.is_expert and t.layer in stats and t.spec and t.spec.method == "gptq"]
+        groups = by_input([t for t in tensors if t.spec is not None and t not in together], stats)
+        for solved in (self._solve_experts(together, stats), self._solve_groups(groups)):
+            for tensor, solution in solved:
                 self._write_solution(tensor, solution)
                 release_free_memory()
                 show(tensor, solution)
         for tensor in tensors:
             if tensor.spec is None:
                 self._append(tensor, tensor.encoding, self._section(tensor))
+
+    def _solve_groups(
+        self, groups: list[tuple[list[TensorPlan], LayerStats | None]]
+    ) -> Iterator[tuple[TensorPlan, Solution]]:
+        """Quantize linears, those that read one input after each other."""
+        while groups:
+            readers, shared = groups.pop(0)  # statistics go as soon as they have been used
+            yield from self._solve(readers, shared)
+
+    def _solve_experts(
+        self, experts: list[TensorPlan], stats: Mapping[str, LayerStats]
+    ) -> Iterator[tuple[TensorPlan, Solution]]:
+        """Quantize the linears of experts, each with its own input, as many as are alike at a time."""
+        alike: dict[tuple[Any, ...], list[TensorPlan]] = {}
+        for tensor in experts:
+            alike.setdefault((tensor.shape, tensor.spec), []).append(tensor)
+        for (_, spec), tensors in alike.items():
+            self.log.start_layer()
+            weights = [weight_of(self.model, tensor) for tensor in tensors]
+            own = [stats[tensor.layer] for tensor in tensors]
+            solutions = gptq_quantize_all(weights, own, spec, [tensor.name for tensor in tensors])
+            for tensor, shared, (solution, factor) in zip(tensors, own, solutions, strict=True):
+                self._report(tensor, solution, shared, factor)
+                set_tensor(self.model.skeleton, tensor.name, solution.decoded)
+                yield tensor, solution
 
     def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
         """Quantize the linears that read one input, and put their decoded weights in the model."""

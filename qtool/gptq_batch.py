@@ -1,0 +1,105 @@
+"""GPTQ of many small layers of one shape at a time, as the experts of a block are: one loop over the columns of all.
+
+What it costs to round a column hardly depends on how many rows it has, so that layers of a few hundred rows wait for
+the interpreter most of the time. QMoE (arXiv 2310.16795, section 3.2) solves 16 experts together for the same reason.
+Codes are those of `gptq_quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from calibration.hessian import LayerStats
+from qtool.gptq import BLOCK_SIZE, Factor, Solution, factorize, finished, fit_layer, gptq_quantize, groups_of
+from qtool.grid import Grid
+from qtool.recipe import QuantSpec
+
+MAX_ELEMENTS = 1 << 23
+"""Weights solved at a time; more would not be faster."""
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+def gptq_quantize_all(
+    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec, names: Sequence[str]
+) -> Iterator[tuple[Solution, Factor]]:
+    """As `factorize` and `gptq_quantize` for each weight [out, in] f32, all of one shape, with its own statistics."""
+    together = max(1, MAX_ELEMENTS // weights[0].numel())
+    for start in range(0, len(weights), together):
+        part = slice(start, start + together)
+        yield from _solve(weights[part], stats[part], spec, names[part])
+
+
+def _solve(
+    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec, names: Sequence[str]
+) -> list[tuple[Solution, Factor]]:
+    def prepare(layer: tuple[Tensor, LayerStats, str]) -> tuple[Factor, Grid | None]:
+        weight, own, name = layer
+        factor = factorize(own, [weight], spec, name)
+        return factor, None if spec.keeps_outliers else fit_layer(weight, factor, spec)[0]
+
+    made = _side_by_side(prepare, list(zip(weights, stats, names, strict=True)))
+    factors, grids = [factor for factor, _ in made], [grid for _, grid in made if grid is not None]
+    grid = type(grids[0]).together(grids) if grids else None
+    if grid is None or len(weights) == 1:
+        return [(gptq_quantize(w, factor, spec), factor) for w, factor in zip(weights, factors, strict=True)]
+    codes, decoded = round_columns(weights, factors, grid, spec)
+
+    def finish(index: int) -> Solution:
+        factor = factors[index]
+        metric = factor.damped, factor.damping
+        return finished(weights[index], codes[index].numpy(), decoded[index], grids[index], spec, factor, metric)
+
+    return list(zip(_side_by_side(finish, range(len(weights))), factors, strict=True))
+
+
+def round_columns(
+    weights: Sequence[Tensor], factors: Sequence[Factor], grid: Grid, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """(codes u8, decoded f32) [layers, out, in]: GPTQ's loop over the columns of all layers at a time.
+
+    grid: of all groups of the first layer, then all of the second, ...
+    """
+    perm = torch.stack([factor.perm for factor in factors])
+    chol = torch.stack([factor.hinv_chol for factor in factors])
+    free = torch.stack([f.stored(w).T[f.perm] for w, f in zip(weights, factors, strict=True)])  # [layers, in, out]
+    n_layers, in_features, _ = free.shape
+    groups = groups_of(in_features, spec)
+    n_groups = int(groups[-1]) + 1
+    groups = groups[perm] + n_groups * torch.arange(n_layers)[:, None]  # [layers, in]
+    codes, decoded = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free)
+    for start in range(0, in_features, BLOCK_SIZE):
+        stop = min(start + BLOCK_SIZE, in_features)
+        block, own = free[:, start:stop].transpose(0, 1).contiguous(), chol[:, start:stop, start:stop]
+        errors = torch.empty_like(block)  # [columns, layers, out]
+        for j in range(stop - start):
+            codes[:, start + j], rounded = grid.quantize(block[j], groups[:, start + j])
+            decoded[:, start + j] = rounded
+            torch.sub(block[j], rounded, out=errors[j]).div_(own[:, j, j, None])
+            block[j + 1 :].addcmul_(own[:, j, j + 1 :].T[..., None], errors[j], value=-1)
+        free[:, stop:].baddbmm_(chol[:, start:stop, stop:].transpose(1, 2), errors.transpose(0, 1), alpha=-1)
+    back = torch.argsort(perm, dim=1)[..., None].expand_as(free)
+    return codes.gather(1, back).transpose(1, 2).contiguous(), decoded.gather(1, back).transpose(1, 2).contiguous()
+
+
+def _side_by_side(make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
+    """`make` of each, a thread for each core: what a small matrix takes cannot be divided among them."""
+    n_threads = torch.get_num_threads()
+    with _one_thread(), ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(make, given))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)

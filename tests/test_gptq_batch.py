@@ -1,0 +1,65 @@
+"""Layers solved together get the codes that each gets alone."""
+
+import numpy as np
+import pytest
+import torch
+from correlated import make_layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.hessian import LayerStats
+from qtool import gptq_batch
+from qtool.errors import QuantizeError
+from qtool.gptq import factorize, gptq_quantize
+from qtool.gptq_batch import gptq_quantize_all
+from qtool.recipe import QuantSpec
+
+SPECS = {
+    "as the default": {"group_size": 16},
+    "as QMoE": {
+        "bits": 2, "group_size": -1, "percdamp": 0.1, "act_order": False, "input_scales": False, "scale_search": False
+    },
+    "symmetric": {"group_size": 8, "symmetric": True, "bits": 3},
+    "two-level statistics": {"group_size": 8, "stat_bits": 3, "stat_rows": 4},
+    "nf4": {"format": "nf4", "group_size": 16},  # solved one by one
+    "outliers": {"group_size": 16, "outliers": 0.02},
+}  # fmt: skip
+
+
+def layers(n, out_features, in_features, seed=0):
+    made = [make_layer(out_features, in_features, seed + i) for i in range(n)]
+    return [weight for weight, _ in made], [stats for _, stats in made]
+
+
+def assert_alike(weights, stats, spec):
+    names = [f"expert {i}" for i in range(len(weights))]
+    for weight, own, (solution, _) in zip(weights, stats, gptq_quantize_all(weights, stats, spec, names), strict=True):
+        alone = gptq_quantize(weight, factorize(own, [weight], spec, "alone"), spec)
+        np.testing.assert_array_equal(solution.layer.codes, alone.layer.codes)
+        assert torch.equal(solution.decoded, alone.decoded)
+        assert solution.layer.encoding == alone.layer.encoding
+        assert solution.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
+        np.testing.assert_array_equal(solution.layer.dequantize(), solution.decoded.numpy())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_codes_are_those_of_each_layer_alone(name):
+    assert_alike(*layers(5, 24, 72), QuantSpec(**SPECS[name]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 4), out=st.integers(1, 20), inputs=st.integers(8, 150), seed=st.integers(0, 99))
+def test_the_codes_are_the_same_for_any_shape(n, out, inputs, seed):
+    assert_alike(*layers(n, out, inputs, seed), QuantSpec(group_size=8))
+
+
+def test_the_layers_are_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(gptq_batch, "MAX_ELEMENTS", 2 * 24 * 72)
+    assert_alike(*layers(5, 24, 72), QuantSpec(group_size=16))
+
+
+def test_one_that_cannot_be_factored_is_named():
+    weights, stats = layers(3, 8, 16)
+    stats[1] = LayerStats(torch.full((16, 16), -1.0) - torch.eye(16), 1, torch.ones(16))
+    with pytest.raises(QuantizeError, match=r"^expert 1: Hessian not positive definite"):
+        list(gptq_quantize_all(weights, stats, QuantSpec(group_size=8), [f"expert {i}" for i in range(3)]))
