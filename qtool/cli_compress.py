@@ -26,16 +26,30 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 _method_options = _options(
-    click.option("--bits", type=int, help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6.  [default: 4]"),
     click.option(
-        "--method", default="gptq", show_default=True, metavar="[gptq|spqr|rtn|int8]",
-        help="spqr: gptq with groups of 16, rounded statistics and outliers; rtn: round to nearest, no calibration; "
-        "int8: LLM.int8, rows in 8 bits and inputs with outliers in 16.",
+        "--bits", type=float,
+        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary.  [default: 4]",
     ),
     click.option(
-        "--format", "number_format", metavar="[int|nf4|fp4|fitted|trellis]",
+        "--method", default="gptq", show_default=True, metavar="[gptq|spqr|rtn|int8|ternary]",
+        help="spqr: gptq with groups of 16, rounded statistics and outliers; rtn: round to nearest, no calibration; "
+        "int8: LLM.int8, rows in 8 bits and inputs with outliers in 16; ternary: gptq, experts as --expert-format "
+        "ternary.",
+    ),
+    click.option(
+        "--format", "number_format", metavar="[int|nf4|fp4|fitted|trellis|ternary]",
         help="What a code stands for. fitted: levels fitted to each layer; trellis: a step on a path of levels, 1 to 6 "
-        "bits.  [default: int; trellis for gptq and spqr with --effort best or a target]",
+        "bits; ternary: zero or one of two values of the row.  [default: int; trellis for gptq and spqr with --effort "
+        "best or a target]",
+    ),
+    click.option(
+        "--expert-format", metavar="[ternary]",
+        help="The same for the experts of a mixture alone: ternary takes less than one bit where 80% are zeros.",
+    ),
+    click.option(
+        "--ternary-grid", metavar="[minmax|mse]",
+        help="The two values of a ternary row. minmax: its least and largest weight, as QMoE; mse: those that lose "
+        "least, of which fewer weights are zero.  [default: minmax]",
     ),
     click.option(
         "--effort", default="default", show_default=True, metavar="[fast|default|best]",
@@ -153,6 +167,7 @@ def compress(
     qtool compress ./my-model --bits 3 --group-size 64 --calibration notes.txt -o small.qtm
     qtool compress ./my-model --target-size 90MB
     qtool compress ./my-model --method spqr --outliers 0.5%
+    qtool compress ./my-mixture --method ternary
     qtool compress ./my-model --bits 3 --layer 'down_proj=4' --ignore 'layers[.]0[.]'
     qtool compress org/name --dry-run
 

@@ -12,6 +12,7 @@ from qtool.grid import Grid, fit_uniform
 from qtool.outliers import OutlierRule
 from qtool.recipe import QuantSpec
 from qtool.sizes import run_length
+from qtool.ternary import fit_ternary, planned_ternary
 
 
 def fit_grid(
@@ -43,6 +44,8 @@ def fit_grid(
         from qtool.trellis import fit_trellis  # brings in a compiler
 
         return fit_trellis(weight, spec, input_scales=input_scales)
+    if spec.format == "ternary":
+        return fit_ternary(weight, input_scales=input_scales, hessian=hessian)
     levels = choose_levels(weight, spec, input_scales, cost)
     return fit_codebook(weight, spec, levels, input_scales=input_scales, hessian=hessian, rule=rule)
 
@@ -51,6 +54,8 @@ def planned_encoding(spec: QuantSpec, shape: Shape) -> MatrixEncoding:
     """How a matrix [out, in] will be stored, before it is solved. Outliers by a threshold cannot be foreseen: none."""
     if spec.method == "int8":
         return Int8Rows(columns=min(spec.outlier_features, shape[1]))
+    if spec.format == "ternary":
+        return planned_ternary(shape, input_scales=spec.input_scales)
     common: dict[str, Any] = {
         "bits": spec.bits,
         "group_size": spec.groups_of(shape[1]),

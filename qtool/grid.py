@@ -214,10 +214,12 @@ def full_range(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def search_range(low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The range, shrunk to where its cost [rows] is least, for every row on its own."""
+def search_range(
+    low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor], Tensor], least: float = SHRINK_MIN
+) -> tuple[Tensor, Tensor]:
+    """The range, shrunk to where its cost [rows] is least, for every row on its own; not below a share of `least`."""
     best, shrink = cost(low, high), torch.ones_like(low)
-    for trial in torch.linspace(1, SHRINK_MIN, SHRINK_STEPS)[1:].tolist():
+    for trial in torch.linspace(1, least, SHRINK_STEPS)[1:].tolist():
         found = cost(low * trial, high * trial)
         better = found < best
         best = torch.where(better, found, best)

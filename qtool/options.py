@@ -10,6 +10,7 @@ from qtool.memory import parse_size
 from qtool.recipe import FORMATS, METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
 
 GROUP_SIZES = {"int": 128, "nf4": 64, "fp4": 64, "fitted": 64, "trellis": -1}
+TERNARY_GRIDS = ("minmax", "mse")
 EFFORTS = ("fast", "default", "best")
 SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
 """SpQR's near-lossless recipe (arXiv 2306.03078), statistics in sets of 16 rows; the user's own choices go first."""
@@ -33,6 +34,9 @@ def build_recipe(
     fused: bool = False,
     layers: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
+    bits: float | None = None,
+    expert_format: str | None = None,
+    ternary_grid: str | None = None,
     **linears: Any,
 ) -> Recipe:
     """The recipe of a command's options; ConfigError names the value that makes no sense."""
@@ -40,12 +44,23 @@ def build_recipe(
     if target_size is not None or target_bits is not None:
         size = 0 if target_size is None else parse_size(target_size, "--target-size")
         target = Target(size_bytes=size, bits=target_bits or 0.0)
-        if linears.get("bits") is not None:
-            raise ConfigError(f"--bits {linears['bits']}: a target chooses the bits itself; give one of the two")
+        if bits is not None:
+            raise ConfigError(f"--bits {bits:g}: a target chooses the bits itself; give one of the two")
     if fused and target is None:
         raise ConfigError("--fused: holds what a target spreads together; give --target-size or --target-bits")
+    if bits is not None and 0 < bits < 1:  # what ternary experts take
+        bits, expert_format = None, expert_format or "ternary"
+    elif bits is not None and bits != int(bits):
+        raise ConfigError(f"--bits {bits:g}: must be whole, or below 1 for ternary experts; --target-bits mixes widths")
+    linears["bits"] = None if bits is None else int(bits)
+    if linears["method"] == "ternary":
+        linears["method"], expert_format = "gptq", expert_format or "ternary"
+    grid = {} if ternary_grid is None else {"grid": ternary_grid}
+    if grid and "ternary" not in (linears["number_format"], expert_format):
+        raise ConfigError(f"--ternary-grid {ternary_grid}: is for ternary weights; give --method ternary")
     return Recipe(
-        linears=_linears(targeted=target is not None, **linears),
+        linears=_linears(targeted=target is not None, **grid, **linears),
+        experts=_experts(expert_format, linears["method"], linears["percdamp"], **grid),
         embeddings=(0 if target is not None and target.size_bytes else 8) if embeddings is None else embeddings,
         calibration=CalibrationSpec(
             source=calibration,
@@ -62,9 +77,28 @@ def build_recipe(
     )
 
 
+def _experts(number_format: str | None, method: str, percdamp: float | None, grid: str = "minmax") -> QuantSpec | None:
+    """How experts are stored where they are not stored as all linears."""
+    if number_format is None:
+        return None
+    one_of("expert_format", number_format, ("ternary",))
+    return _ternary(method, grid, {} if percdamp is None else {"percdamp": percdamp})
+
+
+def _ternary(method: str, grid: str, chosen: dict[str, Any]) -> QuantSpec:
+    """As QMoE has it: hard damped, columns as they stand."""
+    one_of("ternary_grid", grid, TERNARY_GRIDS)
+    if method not in ("gptq", "rtn"):
+        raise ConfigError(f"--method {method}: ternary weights are found by gptq or rtn")
+    own = {"group_size": -1, "percdamp": 0.1, "act_order": False, "input_scales": False, "bits": 2}
+    values = own | chosen | {"scale_search": grid == "mse"}
+    return QuantSpec(method=method, format="ternary", **values)  # type: ignore[arg-type]
+
+
 def _linears(
     *,
     targeted: bool,
+    grid: str = "minmax",
     method: str,
     number_format: str | None,
     effort: str,
@@ -72,13 +106,19 @@ def _linears(
     outlier_threshold: float | None,
     **values: Any,
 ) -> QuantSpec:
-    one_of("method", method, (*METHODS, "spqr"))
+    one_of("method", method, (*METHODS, "spqr", "ternary"))
     one_of("effort", effort, EFFORTS)
     chosen = {name: value for name, value in values.items() if value is not None}
     _refuse_idle(method, number_format, chosen)
     chosen["outliers"] = 0.0 if outliers is None else parse_share(outliers)
     if outlier_threshold is not None:
         chosen["outlier_threshold"] = outlier_threshold
+    if number_format == "ternary":
+        if "scale_search" in chosen:
+            raise ConfigError(
+                f"{_given('scale_search', chosen['scale_search'])}: ternary has --ternary-grid mse for it"
+            )
+        return _ternary(method, grid, {name: value for name, value in chosen.items() if value})
     if method == "spqr":
         method = "gptq"
         left = {"outlier_threshold"} if outliers is not None else set()
@@ -155,6 +195,8 @@ def default_output(model: str, recipe: Recipe) -> Path:
     """NAME-BITSbit.qtm in the working directory, after the model's own name; NAME-SIZE.qtm for a target size."""
     path = Path(model).expanduser()
     name = path.stem if path.is_file() else path.resolve().name
+    if "ternary" in (recipe.linears.format, recipe.experts and recipe.experts.format):
+        return Path(f"{name}-ternary.qtm")
     if recipe.target is None:
         return Path(f"{name}-{recipe.linears.bits}bit.qtm")
     size, bits = recipe.target.size_bytes, recipe.target.bits

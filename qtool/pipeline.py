@@ -18,6 +18,7 @@ from calibration.windows import TokenWindows
 from formats.encoding import Encoding, encoding_of
 from formats.errors import error_context
 from formats.header import TensorEntry
+from formats.layer import TernaryLinear
 from formats.section import pack
 from formats.skeleton import set_tensor
 from formats.writer import BytesLike, Writer
@@ -38,6 +39,7 @@ from qtool.provenance import header_members, machine
 from qtool.recipe import Recipe, RunOptions
 from qtool.runlog import RunLog, RunReport
 from qtool.states import HiddenStates, advance, calibrate
+from qtool.ternary import share_of_zeros, zeros_warning
 
 
 def compress(
@@ -83,6 +85,9 @@ def compress(
                 quality = RunReport.whole(journal.reports).quality()
                 writer.finish(**header_members(job.model, recipe, windows, job.sources, quality))
         report = RunReport.whole(journal.reports)
+    entries = {entry.name: entry for entry in journal.entries}
+    if line := zeros_warning([(entries[name], share) for name, share in report.zeros.items()]):
+        warn(line)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -274,6 +279,8 @@ class _Run:
     def _report(self, tensor: TensorPlan, solution: Solution, stats: LayerStats | None, factor: Factor | None) -> None:
         assert tensor.spec is not None
         self.report.relative_errors[tensor.name] = solution.relative_error
+        if isinstance(solution.layer, TernaryLinear):
+            self.report.zeros[tensor.name] = share_of_zeros(solution.layer)
         if stats is None and tensor.spec.method != "rtn":
             self.report.uncalibrated.append(tensor.name)
         if stats is not None and stats.n_dropped:

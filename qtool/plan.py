@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from calibration.hessian import LayerStats
 from formats.encoding import Dense, Encoding
+from formats.experts import fused_tensor
 from formats.skeleton import is_linear, is_transposed_linear, split_name
 from qtool.checkpoint import find_tensor
 from qtool.errors import ConfigError
@@ -62,6 +63,8 @@ def plan_tensors(
             tensor = _plan_tensor(model, name, recipe, in_block=True)
             plan.append(tensor if name in own else replace(tensor, is_expert=True))
     _refuse_idle_patterns(plan, recipe)
+    if recipe.experts is not None and not any(tensor.spec == recipe.experts for tensor in plan):
+        raise ConfigError("--expert-format: the model has no experts; --format is for all linears")
     return [_with_spec(tensor, (specs or {}).get(tensor.name)) for tensor in plan]
 
 
@@ -104,6 +107,8 @@ def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: 
     module = model.skeleton.get_submodule(split_name(name)[0])
     shape = tuple(find_tensor(model.skeleton, name).shape)
     spec, reason = _spec_for(module, name, shape, recipe, in_block, is_head=_is_head(model, name))
+    if spec is not None and recipe.experts is not None and fused_tensor(model.skeleton, name) is not None:
+        spec = recipe.experts
     spec, reason, is_overridden = _overridden(name, spec, reason, recipe)
     transposed = spec is not None and is_transposed_linear(module)
     if transposed:
@@ -133,6 +138,8 @@ def _overridden(name: str, spec: QuantSpec | None, reason: str, recipe: Recipe) 
     for pattern, bits in recipe.layers:
         if re.search(pattern, name):
             try:
+                if spec.format == "ternary":  # given bits, it is as the other linears
+                    spec = recipe.linears
                 return replace(spec, bits=bits), reason, True
             except ConfigError as error:
                 raise ConfigError(f"--layer {pattern}={bits}: {error}") from None

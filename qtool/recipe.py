@@ -14,10 +14,11 @@ from qtool.errors import ConfigError
 
 Method = Literal["gptq", "rtn", "int8"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "int8")
-Format = Literal["int", "nf4", "fp4", "fitted", "trellis"]
-FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis")
+Format = Literal["int", "nf4", "fp4", "fitted", "trellis", "ternary"]
+FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis", "ternary")
 BITS: dict[str, range] = {
-    "int": range(2, 9), "nf4": range(4, 5), "fp4": range(4, 5), "fitted": range(2, 9), "trellis": range(1, 7)
+    "int": range(2, 9), "nf4": range(4, 5), "fp4": range(4, 5), "fitted": range(2, 9), "trellis": range(1, 7),
+    "ternary": range(2, 3),  # what a code takes in memory; in the file, what its zeros let it
 }  # fmt: skip
 _SOLVER_OPTIONS = ("act_order", "scale_search", "input_scales")
 
@@ -65,6 +66,8 @@ class QuantSpec:
                 object.__setattr__(self, option, False)
         if self.format == "trellis":  # its scales follow from the spread of the weights
             object.__setattr__(self, "scale_search", False)
+        if self.format == "ternary":
+            self._check_ternary()
         if self.method == "int8":
             for option, value in (("format", "int"), ("bits", 8), ("group_size", -1), ("symmetric", True)):
                 object.__setattr__(self, option, value)
@@ -82,6 +85,12 @@ class QuantSpec:
             raise ConfigError("double_quant and stat_bits: choose one of the two")
         if self.memory not in range(2, 10):
             raise ConfigError(f"memory={self.memory}: must be 2 to 9")
+
+    def _check_ternary(self) -> None:
+        if self.group_size != -1:
+            raise ConfigError(f"group_size={self.group_size}: ternary has its values by row; leave it out")
+        if self.stat_bits or self.keeps_outliers:
+            raise ConfigError("ternary: has two values a row in 16 bits and no outliers; leave those options out")
 
     def _check_outliers(self) -> None:
         if not 0 <= self.outliers < 0.5:
@@ -173,6 +182,7 @@ class Recipe:
     """Everything the user chose for a run."""
 
     linears: QuantSpec = field(default_factory=QuantSpec)
+    experts: QuantSpec | None = None  # the experts of a mixture; None: as all linears
     embeddings: int = 8  # bits of the embedding and the head; 16 leaves them as they are, 0 leaves it to a target size
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     layers: tuple[tuple[str, int], ...] = ()  # (regular expression, bits): what the first match says goes
@@ -184,6 +194,8 @@ class Recipe:
         is_open = self.embeddings == 0 and self.target is not None and self.target.size_bytes > 0
         if not is_open and self.embeddings != 16 and self.embeddings not in range(2, 9):
             raise ConfigError(f"embeddings={self.embeddings}: must be 2 to 8 bits, or 16 to leave them as they are")
+        if self.target and "ternary" in (self.linears.format, self.experts and self.experts.format):
+            raise ConfigError("target: chooses bits; ternary has none to choose from; give one of the two")
         if self.linears.method == "int8" and (self.layers or self.target):
             raise ConfigError("--method int8 has 8 bits in every layer: leave out --layer and targets, or take gptq")
         for pattern in (*self.ignore, *(pattern for pattern, _ in self.layers)):
@@ -195,7 +207,8 @@ class Recipe:
     @property
     def n_windows(self) -> int:
         """Calibration windows that the run looks at: rounding to nearest needs none."""
-        return self.calibration.samples if self.linears.is_calibrated or self.target else 0
+        specs = [spec for spec in (self.linears, self.experts) if spec is not None]
+        return self.calibration.samples if self.target or any(spec.is_calibrated for spec in specs) else 0
 
     @property
     def embedding_spec(self) -> QuantSpec | None:

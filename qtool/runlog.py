@@ -28,6 +28,7 @@ class RunReport:
     dropped_tokens: dict[str, int] = field(default_factory=dict)  # layer -> tokens with NaN or infinity in its input
     # mixture -> "tokens": of each expert; "pooled": experts that had too few for statistics of their own
     experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    zeros: dict[str, float] = field(default_factory=dict)  # ternary layer -> share of its weights
     uncalibrated: list[str] = field(default_factory=list)  # layers no token reached, rounded to nearest
     seconds: float = 0.0
 
@@ -40,6 +41,7 @@ class RunReport:
             report.harder_damped |= step["harder_damped"]
             report.dropped_tokens |= step["dropped_tokens"]
             report.experts |= step["experts"]
+            report.zeros |= step["zeros"]
             report.uncalibrated += step["uncalibrated"]
         return report
 
@@ -50,7 +52,7 @@ class RunReport:
             "harder_damped": self.harder_damped,
             "dropped_tokens": self.dropped_tokens,
             "uncalibrated": self.uncalibrated,
-        } | ({"experts": self.experts} if self.experts else {})
+        } | {name: value for name, value in (("experts", self.experts), ("zeros", self.zeros)) if value}
 
 
 class RunLog:

@@ -1,0 +1,113 @@
+"""Ternary weights: each row has a value for -1 and one for +1, and zeros between them (QMoE, arXiv 2310.16795).
+
+Without a search the two values are the row's smallest and largest weight, as in QMoE. Few weights are nearer to those
+than to zero, so that most are zeros, which is what makes less than one bit a weight possible. With a search they shrink
+to where the error is least: far less of it, but half of the weights are no zeros then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.encoding import MatrixEncoding, Shape
+from formats.header import TensorEntry
+from formats.layer import SparseOutliers, TernaryLinear
+from qtool.grid import Grid, fit_ranges, full_range, search_range, weighted_error
+
+SHRINK_MIN = 0.2
+"""Of a row's range: the best level of normal weights is 1.2 standard deviations, the largest of thousands 4."""
+FEW_ZEROS = 0.8
+"""Below this share of zeros, no coding of ternary values gets below one bit (entropy 0.92 bits, and rows' own data)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TernaryGrid(Grid):
+    """low, 0 and high of every row: [1, out] f32 with fp16 values, low <= 0 <= high. Codes are 0, 1 and 2."""
+
+    low: Tensor
+    high: Tensor
+
+    def rows(self, stripe: slice) -> TernaryGrid:
+        return TernaryGrid(self.low[:, stripe], self.high[:, stripe])
+
+    @classmethod
+    def together(cls, grids: Sequence[TernaryGrid]) -> TernaryGrid:
+        return TernaryGrid(*(torch.cat(parts) for parts in zip(*((g.low, g.high) for g in grids), strict=True)))
+
+    def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.low[group], self.high[group]
+        is_low, is_high = weight < low / 2, weight > high / 2
+        codes = 1 + is_high.to(torch.uint8) - is_low.to(torch.uint8)
+        return codes, torch.where(is_low, low, torch.where(is_high, high, 0.0))
+
+    def layer(
+        self,
+        codes: np.ndarray,
+        group_size: int,
+        input_scales: np.ndarray | None,
+        outliers: SparseOutliers | None,
+    ) -> TernaryLinear:
+        assert outliers is None
+        scales = torch.cat([self.low, self.high]).T.numpy().astype(np.float16)
+        return TernaryLinear(
+            codes=codes.astype(np.int8) - np.int8(1), scales=scales, input_scales=input_scales, coding=CODING
+        )
+
+
+CODING = "ternary_rans"
+
+
+def fit_ternary(weight: Tensor, *, input_scales: Tensor | None = None, hessian: Tensor | None = None) -> TernaryGrid:
+    """The grid of weight [out, in] f32, its input scales [in] divided out: with a Hessian [in, in], where dᵀ H d of
+    each row's rounding error d is least."""
+
+    def fit(rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        low, high = full_range(rows, symmetric=False)
+        if hessian is None:
+            return low, high
+        metric = hessian[columns, columns]
+        return search_range(
+            low, high, lambda a, b: weighted_error(rows, _rounded(rows, a, b), metric), least=SHRINK_MIN
+        )
+
+    low, high = fit_ranges(weight, input_scales, weight.shape[1], fit)
+    return TernaryGrid(low.half().float(), high.half().float())
+
+
+def _rounded(weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """weight [rows, in] rounded to low, 0 and high [rows]."""
+    grid = TernaryGrid(low.half().float()[None], high.half().float()[None])
+    return grid.quantize(weight.T, 0)[1].T.contiguous()
+
+
+def share_of_zeros(layer: TernaryLinear) -> float:
+    return 1 - np.count_nonzero(layer.codes) / layer.codes.size
+
+
+def planned_ternary(shape: Shape, *, input_scales: bool) -> MatrixEncoding:
+    """What is planned with before a layer is solved: as if no value were likelier than another."""
+    from formats.encoding.ternary_rans import SEGMENT_INPUTS, TernaryRans
+
+    segment = math.ceil(shape[1] / SEGMENT_INPUTS) * SEGMENT_INPUTS
+    words = math.ceil(math.prod(shape) * math.log2(3) / 16)
+    return TernaryRans(segment=segment, words=words, input_scales=input_scales)
+
+
+def zeros_warning(layers: Sequence[tuple[TensorEntry, float]]) -> str | None:
+    """What to tell of layers and their shares of zeros, where some have too few."""
+    few = [(entry, zeros) for entry, zeros in layers if zeros < FEW_ZEROS]
+    if not few:
+        return None
+    weights = sum(math.prod(entry.shape) for entry, _ in few)
+    bits = 8 * sum(entry.encoding.section_bytes(entry.shape) for entry, _ in few) / weights
+    share = sum(zeros * math.prod(entry.shape) for entry, zeros in few) / weights
+    return (
+        f"{len(few)} of {len(layers)} ternary layers have fewer than {FEW_ZEROS:.0%} zeros ({share:.0%} on average), and "
+        f"take {bits:.2f} bits a weight, not less than one; --bits 2 --group-size -1 would take about 2.0 and lose less"
+    )
