@@ -34,12 +34,13 @@ LIMITS = ["-timeout=5", "-rss_limit_mb=1024", "-max_len=16384"]
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 8, 9, 256, 2**31, 2**48, 2**63 - 1, 2**63, 10**30, 0.0, -0.5, 1e308, 5e-324),
     *("", ".", "..", "../x", "/x", "C:x", "é", "\ud800", "\0", "F16", "BF16", "F32", "nf4", "fp4", "fitted"),
-    *("dense", "uniform", "codebook", "int8_rows", "trellis", "ternary"),
+    *("dense", "uniform", "codebook", "int8_rows", "trellis", "ternary", "ternary_dict", "ternary_rans"),
     *([], [0], [1], [3, 11], [2**32, 2**32], [1] * 9, [[]], {}, {"": {}}, {"config": {}}),
 ]
 FIELDS = ["name", "shape", "encoding", "offset", "bytes", "sha256", "bits", "group_size", "symmetric", "dtype"]
 FIELDS += ["input_scales", "relative_error", "transposed", "tensors", "files", "model", "perm"]
 FIELDS += ["stat_bits", "stat_rows", "outliers", "levels", "double_quant", "columns", "memory", "run"]
+FIELDS += ["share_low", "share_high", "codewords", "segment", "words"]
 
 
 def check(data: bytes) -> bool:

@@ -6,6 +6,7 @@ Import the module you need; nothing here imports torch or does work at import.
     layer      QuantizedLinear, CodebookLinear, ...: the numbers of a section, and the weight they stand for
     bitpack    codes <-> bit planes
     trellis    the tables of trellis-coded quantization
+    ternary    the tables of ternary streams: phrases, frequencies
     encoding   what a section is made of; a file an encoding
     section    a layer <-> the bytes of its section
     preamble   the first 64 bytes

@@ -165,13 +165,13 @@ def fold_names(names: Iterable[str]) -> str:
 def _tensor_table(rows: list[dict[str, Any]]) -> list[str]:
     width = max((len(row["name"]) for row in rows), default=4)
     lines = [
-        f"{'name':{width}}  {'shape':>16}  {'encoding':9}  {'bits':>4}  {'group':>5}  {'outliers':>8}  "
+        f"{'name':{width}}  {'shape':>16}  {'encoding':12}  {'bits':>4}  {'group':>5}  {'outliers':>8}  "
         f"{'bytes':>12}  error"
     ]
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.2e}"
-        cells = f"{row['encoding']:9}  {row['bits']:>4}  {row['group_size'] or '-':>5}  {row['outliers'] or '-':>8}"
+        cells = f"{row['encoding']:12}  {row['bits']:>4}  {row['group_size'] or '-':>5}  {row['outliers'] or '-':>8}"
         lines.append(f"{row['name']:{width}}  {shape:>16}  {cells}  {row['bytes']:>12,}  {error}".rstrip())
     return lines
 

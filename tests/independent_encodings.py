@@ -22,6 +22,8 @@ ENCODINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields that m
         {"bits": int, "memory": int, "run": int, "group_size": int},
         {"input_scales": bool, "stat_bits": int, "stat_rows": int, "outliers": int},
     ),
+    "ternary_dict": ({"share_low": int, "share_high": int, "codewords": int}, {"input_scales": bool}),
+    "ternary_rans": ({"segment": int, "words": int}, {"input_scales": bool}),
 }
 DENSE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
@@ -57,9 +59,20 @@ def check_encoding(entry: dict[str, Any]) -> None:
     if encoding == "dense":
         must(entry["dtype"] in DENSE_BYTES, "7.2", f"dtype is {entry['dtype']!r}")
         return
-    must(len(shape) == 2, "7.3, 7.11, 7.13, 7.14", f"{encoding}, with shape {shape}")
+    must(len(shape) == 2, "7.3, 7.11, 7.13 to 7.16", f"{encoding}, with shape {shape}")
     if encoding == "int8_rows":
         must(entry.get("columns", 0) <= shape[1], "7.13", f"{entry.get('columns')} columns")
+        return
+    if encoding == "ternary_dict":
+        low, high, n_pairs = entry["share_low"], entry["share_high"], -(-shape[1] // 2)
+        must(low >= 1 and high >= 1 and low + high <= 255, "7.15", f"shares are {low} and {high}")
+        least, most = shape[0] * -(-n_pairs // 14), min(shape[0] * n_pairs, 2**32 - 1)
+        must(least <= entry["codewords"] <= most, "7.15", f"{entry['codewords']} codewords in {shape}")
+        return
+    if encoding == "ternary_rans":
+        must(entry["segment"] >= 10 and entry["segment"] % 10 == 0, "7.16", f"segment is {entry['segment']}")
+        most = min(shape[0] * -(-shape[1] // 5), 2**32 - 1)
+        must(entry["words"] <= most, "7.16", f"{entry['words']} words in {shape}")
         return
     least, most = (1, 6) if encoding == "trellis" else (2, 8)
     must(least <= entry["bits"] <= most, "7.3, 7.14", f"bits is {entry['bits']}")
@@ -98,6 +111,8 @@ def parts(entry: dict[str, Any]) -> list[Part]:
     if entry["encoding"] == "int8_rows":
         found, k = [Part("codes", "i1", (n_out, n_in)), Part("scales", "<f4", (n_out,))], entry.get("columns", 0)
         return [*found, Part("columns", "<u4", (k,)), Part("values", "<f2", (n_out, k))] if k else found
+    if entry["encoding"] in ("ternary_dict", "ternary_rans"):
+        return ternary_parts(entry, n_out, n_in)
     n_groups = -(-n_in // entry["group_size"])
     if entry["encoding"] == "trellis":
         found = plane_parts("path", 1, n_in, n_out) + plane_parts("codes", entry["bits"] - 1, n_in, n_out)
@@ -117,6 +132,19 @@ def parts(entry: dict[str, Any]) -> list[Part]:
         found.append(Part("outlier_columns", "<u4" if n_in > 65536 else "<u2", (n,)))
         found.append(Part("outlier_values", "<f2", (n,)))
     return found
+
+
+def ternary_parts(entry: dict[str, Any], n_out: int, n_in: int) -> list[Part]:
+    """SPEC 7.15 and 7.16."""
+    if entry["encoding"] == "ternary_dict":
+        found = [Part("codewords", "<u2", (entry["codewords"],)), Part("codeword_rows", "<u4", (n_out + 1,))]
+    else:
+        n_segments = -(-n_in // entry["segment"])
+        found = [Part("frequencies", "<u2", (243,)), Part("words", "<u2", (entry["words"],))]
+        found.append(Part("word_blocks", "<u4", (-(-n_out // 32) * n_segments + 1,)))
+        found.append(Part("states", "<u4", (n_out, n_segments)))
+    found.append(Part("scales", "<f2", (n_out, 2)))
+    return [*found, Part("input_scales", "<f2", (n_in,))] if entry.get("input_scales", False) else found
 
 
 def scale_parts(entry: dict[str, Any], n_out: int, n_groups: int) -> list[Part]:

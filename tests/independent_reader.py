@@ -1,8 +1,8 @@
 """A second reader of `.qtm` files, written from formats/SPEC.md alone: numpy, the standard library, no `formats`.
 
 It is obvious and slow, holds the whole file in memory and always verifies everything (SPEC 9.3). What it refuses,
-it refuses with the paragraph that the file breaks. Chapter 7 is in `independent_encodings` and
-`independent_values`.
+it refuses with the paragraph that the file breaks. Chapter 7 is in `independent_encodings`,
+`independent_values` and `independent_ternary`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from independent_encodings import ENCODINGS, Refused, align, check_encoding, must, placed
 from independent_values import decode
 
-VERSION = (1, 1)
+VERSION = (1, 2)
 MAGIC = b"\x89QTM\r\n\x1a\n"
 MAX_HEADER_BYTES = 16777216
 MAX_DEPTH = 64

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from independent_encodings import must, placed, widths
+from independent_ternary import decode_ternary
 
 F32 = np.float32
 NF4 = """-1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022833234
@@ -33,7 +34,17 @@ def decode(entry: dict[str, Any], raw: bytes) -> np.ndarray:
     check_floats(entry, arrays)
     if entry["encoding"] == "int8_rows":
         return decode_int8(entry, arrays)
-    return decode_grouped(entry, arrays)
+    if entry["encoding"] in ("ternary_dict", "ternary_rans"):
+        return times_input_scales(entry, arrays, decode_ternary(entry, arrays))
+    return times_input_scales(entry, arrays, decode_grouped(entry, arrays))
+
+
+def times_input_scales(entry: dict[str, Any], arrays: Arrays, weights: np.ndarray) -> np.ndarray:
+    if not entry.get("input_scales", False):
+        return weights
+    input_scales = arrays["input_scales"][0].astype(F32)
+    must(bool((input_scales > 0).all()), "7.6", f"{entry['name']!r}: an input scale is not above zero")
+    return weights * input_scales
 
 
 def check_floats(entry: dict[str, Any], arrays: Arrays) -> None:
@@ -81,11 +92,7 @@ def decode_grouped(entry: dict[str, Any], arrays: Arrays) -> np.ndarray:
         weights = scales * (codes.astype(F32) - decode_zeros(entry, arrays, group[-1] + 1)[:, group])
     if "outlier_rows" in arrays:
         add_outliers(entry, arrays, weights)
-    if not entry.get("input_scales", False):
-        return weights
-    input_scales = arrays["input_scales"][0].astype(F32)
-    must(bool((input_scales > 0).all()), "7.6", f"{entry['name']!r}: an input scale is not above zero")
-    return weights * input_scales
+    return weights
 
 
 def decode_scales(entry: dict[str, Any], arrays: Arrays, n_groups: int) -> np.ndarray:

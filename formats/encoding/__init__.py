@@ -29,6 +29,8 @@ from formats.encoding.dense import DENSE_DTYPES, Dense
 from formats.encoding.int8_rows import Int8Rows
 from formats.encoding.matrix import INPUT_SCALES, MatrixEncoding
 from formats.encoding.planes import MAX_BITS, MIN_BITS, WORD_BITS, plane_widths, row_words
+from formats.encoding.ternary_dict import TernaryDict
+from formats.encoding.ternary_rans import TernaryRans
 from formats.encoding.trellis import Trellis
 from formats.encoding.uniform import Uniform
 
@@ -54,6 +56,8 @@ __all__ = [
     "Part",
     "PartShapes",
     "Shape",
+    "TernaryDict",
+    "TernaryRans",
     "Trellis",
     "Uniform",
     "Version",

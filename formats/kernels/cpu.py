@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from formats.encoding.base import PartShapes
 from formats.encoding.planes import plane_widths
 
 Rows: TypeAlias = slice | Tensor
@@ -38,6 +39,11 @@ def as_tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
         # The mapping is read-only, which torch cannot express; nothing here writes to it.
         warnings.simplefilter("ignore", UserWarning)
         return {name: torch.from_numpy(array) for name, array in signed.items()}
+
+
+def as_arrays(held: Mapping[str, Tensor], parts: PartShapes) -> dict[str, npt.NDArray[Any]]:
+    """The way back, of some parts."""
+    return {name: held[name].numpy().view(dtype) for name, dtype, _ in parts}
 
 
 def unsigned(words: Tensor) -> Tensor:

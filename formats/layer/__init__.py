@@ -8,6 +8,7 @@ from formats.layer.codebook import CodebookLinear
 from formats.layer.int8 import Int8Linear
 from formats.layer.outliers import SparseOutliers
 from formats.layer.statistics import DoubleQuant, Statistic, TwoLevel, dynamic_map, statistic_values
+from formats.layer.ternary import TernaryLinear
 from formats.layer.trellis import TrellisLinear
 from formats.layer.uniform import QuantizedLinear
 
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizedLinear",
     "SparseOutliers",
     "Statistic",
+    "TernaryLinear",
     "TrellisLinear",
     "TwoLevel",
     "decode",

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from format_samples import MEMBERS, NO_MEMBERS, add_layer, f16, make_layer
 from golden_samples_1_1 import CONTENTS as SECOND
+from golden_samples_1_2 import CONTENTS as THIRD
 
 from formats.encoding import Dense
 from formats.layer import QuantizedLinear
@@ -117,4 +118,4 @@ FIRST: dict[str, Callable[[Writer], None]] = {
     "uniform_groups": uniform_groups,
     "uniform_values": uniform_values,
 }
-CONTENTS = FIRST | SECOND
+CONTENTS = FIRST | SECOND | THIRD

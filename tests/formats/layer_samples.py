@@ -1,4 +1,4 @@
-"""Small layers of every encoding of version 1.1: functions of their arguments alone, as `format_samples.make_layer`."""
+"""Small layers of every encoding of versions 1.1 and 1.2: functions of their arguments alone, as `make_layer`."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from formats.layer import (
     QuantizedLinear,
     SparseOutliers,
     Statistic,
+    TernaryLinear,
     TrellisLinear,
     TwoLevel,
 )
@@ -145,6 +146,24 @@ def make_trellis(
     )
 
 
+def make_ternary(
+    out_features: int = 5,
+    in_features: int = 71,
+    every: int = 7,
+    coding: str = "ternary_dict",
+    scaled: bool = False,
+) -> TernaryLinear:
+    """About two values of so many are not zero; without a period, as `make_trellis`."""
+    numbers = np.arange(out_features * in_features, dtype=np.int64).reshape(out_features, in_features)
+    drawn = numbers * (numbers + 3) // 6 % every
+    return TernaryLinear(
+        codes=((drawn == 1).astype(np.int8) - (drawn == 0)).astype(np.int8),
+        scales=halves(out_features, 2, step=5, start=0.03),
+        input_scales=make_layer(1, in_features, group_size=in_features, scaled=True).input_scales if scaled else None,
+        coding=coding,
+    )
+
+
 LAYERS: dict[str, Any] = {
     "two levels": make_spqr(),
     "two levels, symmetric, input scales": make_spqr(symmetric=True, scaled=True),
@@ -166,5 +185,9 @@ LAYERS: dict[str, Any] = {
     "trellis": make_trellis(),
     "trellis, 1 bit, all": with_outliers(make_trellis(40, 11, 1, 4, 9, 64, "two_level", scaled=True)),
     "trellis, 6 bits, few rows": make_trellis(5, 11, 6, 11, 7),
+    "ternary": make_ternary(),
+    "ternary, input scales": make_ternary(3, 70, 3, scaled=True),
+    "ternary by rANS": make_ternary(coding="ternary_rans"),
+    "ternary by rANS, two blocks, input scales": make_ternary(37, 83, 4, "ternary_rans", scaled=True),
 }
 """One of each kind, by name."""

@@ -40,7 +40,7 @@ def test_fields_are_read_back(encoding):
     [
         (
             {"encoding": "ternary"},
-            "unknown encoding 'ternary'; this reader knows codebook, dense, int8_rows, trellis, uniform",
+            "unknown encoding 'ternary'; this reader knows codebook, dense, int8_rows, ternary_dict, ternary_rans, tr",
         ),
         ({"encoding": []}, r"unknown encoding \[\]"),
         ({}, "unknown encoding None"),

@@ -10,7 +10,17 @@ from both_readers import assert_same, read_with_formats
 from format_samples import MEMBERS, make_layer, same_layer
 from golden_samples import BF16_BITS, CONTENTS, F16_BITS, F32_BITS, FOLDER, write_golden
 
-from formats.encoding import ENCODINGS, MAX_BITS, MIN_BITS, Codebook, Int8Rows, Trellis, Uniform
+from formats.encoding import (
+    ENCODINGS,
+    MAX_BITS,
+    MIN_BITS,
+    Codebook,
+    Int8Rows,
+    TernaryDict,
+    TernaryRans,
+    Trellis,
+    Uniform,
+)
 from formats.reader import QtmFile, verify
 from formats.tensors import decode_tensor
 
@@ -101,6 +111,11 @@ def test_every_encoding_and_option_is_in_some_golden_file():
     assert {(e.outliers > 0, e.stat_bits > 0, e.input_scales) for e in trellis} >= {
         *((False, True, False), (True, False, False), (True, True, True), (False, False, True))
     }
+    ternary = [entry.encoding for entry in entries if isinstance(entry.encoding, TernaryDict | TernaryRans)]
+    assert {(type(e), e.input_scales) for e in ternary} == {
+        (kind, scaled) for kind in (TernaryDict, TernaryRans) for scaled in (False, True)
+    }
+    assert {e.words > 0 for e in ternary if isinstance(e, TernaryRans)} == {False, True}
     dense = [entry for entry in entries if entry.encoding.name == "dense"]
     assert {entry.encoding.dtype for entry in dense} == {"F16", "BF16", "F32"}
     assert {len(entry.shape) for entry in dense} >= {0, 1, 2, 3, 8}

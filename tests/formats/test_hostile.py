@@ -112,7 +112,7 @@ def test_spec_2_3_a_newer_minor_version_is_read_when_nothing_in_it_is_new(tiny):
 def test_spec_2_3_a_newer_minor_version_says_what_is_new(tiny):
     header = header_of(tiny)
     header["tensors"][0]["encoding"] = "ternary"
-    message = r"tensor 'w': unknown encoding 'ternary'.*; the file is version 1.3, this reader knows 1.1"
+    message = r"tensor 'w': unknown encoding 'ternary'.*; the file is version 1.3, this reader knows 1.2"
     refuses(claim(tiny, header, version=(1, 3)), message)
 
 

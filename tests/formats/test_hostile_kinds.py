@@ -1,27 +1,40 @@
-"""Every "must" of SPEC 7.6.1 and 7.9 to 7.13 broken: numbers in sections under right hashes, and fields of entries."""
+"""Every "must" of SPEC 7.6.1 and 7.9 to 7.16 broken: numbers in sections under right hashes, and fields of entries."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from both_readers import both_read
+from format_samples import NO_MEMBERS
 from layer_samples import (
     LAYERS,
 )
 from test_hostile import with_section
 
-from formats.encoding import Codebook, Encoding, Int8Rows, Trellis, Uniform, encoding_from_fields, encoding_of
+from formats.encoding import (
+    Codebook,
+    Encoding,
+    Int8Rows,
+    TernaryDict,
+    TernaryRans,
+    Trellis,
+    Uniform,
+    encoding_from_fields,
+    encoding_of,
+)
 from formats.errors import FormatError
 from formats.layer import TrellisLinear
 from formats.reader import QtmFile, verify
 from formats.section import pack, part_arrays
 from formats.tensors import decode_tensor
+from formats.writer import Writer
 
 NAN, INFINITE = np.float16(np.nan), np.float32(-np.inf)
 BEYOND = np.nextafter(np.float32(2.0**64), np.float32(np.inf))
 ENDS = r"outlier_rows go from \d+ to \d+: must be from 0 to 8 \(SPEC 7.10.1\)"
 FALL = r"outlier_rows fall behind row 1: must never fall \(SPEC 7.10.1\)"
 RISE = r"outlier_columns do not rise at outlier 1: must within a row \(SPEC 7.10.1\)"
+BLOCKS = "ternary by rANS, two blocks, input scales"
 COLUMN = r"outlier_columns reach \d+: must be below 11 inputs \(SPEC 7.10.1\)"
 
 
@@ -64,6 +77,25 @@ COLUMN = r"outlier_columns reach \d+: must be below 11 inputs \(SPEC 7.10.1\)"
         ("fp4, input scales", "input_scales", (2,), -1, r"an input scale is NaN, infinite or not above 0 \(SPEC 7.6\)"),
         ("trellis", "levels", (15,), NAN, r"a level is NaN or infinite \(SPEC 7.6\)"),
         ("trellis", "scales", (69, 2), INFINITE, r"a scale is NaN or infinite \(SPEC 7.6\)"),
+        ("ternary", "scales", (4, 1), NAN, r"a scale is NaN or infinite \(SPEC 7.6\)"),
+        ("ternary, input scales", "input_scales", (69,), 0, "an input scale is NaN, infinite or not above 0"),
+        ("ternary", "codeword_rows", (0,), 1, r"codeword_rows go from 1 to 30: must be from 0 to 30 \(SPEC 7.15.4\)"),
+        ("ternary", "codeword_rows", (5,), 31, "codeword_rows go from 0 to 31: must be from 0 to 30"),
+        ("ternary", "codeword_rows", (5,), 2**32 - 1, "codeword_rows go from 0 to 4294967295: must be"),
+        ("ternary", "codeword_rows", (2,), 1, r"codeword_rows fall behind number 1: must never .*\(SPEC 7.15.4\)"),
+        ("ternary", "codeword_rows", (3,), 2**32 - 1, "codeword_rows fall behind number 3: must never fall"),
+        ("ternary", "codeword_rows", (1,), 5, r"codewords of row 0 hold \d+ pairs: must be 36 \(SPEC 7.15.4\)"),
+        ("ternary", "codewords", (0,), 65535, r"codewords of row 0 hold \d+ pairs: must be 36 \(SPEC 7.15.4\)"),
+        ("ternary", "codewords", (29,), 0, r"codewords of row 4 hold \d+ pairs: must be 36 \(SPEC 7.15.4\)"),
+        ("ternary by rANS", "frequencies", (0,), 0, r"frequencies add up to \d+: must be 16384 \(SPEC 7.16.2\)"),
+        ("ternary by rANS", "frequencies", (242,), 65535, "frequencies add up to 81919: must be 16384"),
+        ("ternary by rANS", "states", (4, 0), 65535, r"a state is 65535: must be 65536 or more \(SPEC 7.16.3\)"),
+        ("ternary by rANS", "states", (0, 0), 0, "a state is 0: must be 65536 or more"),
+        ("ternary by rANS", "states", (2, 0), 2**32 - 1, r"(words of block 0: .*|.* end at 65536) \(SPEC 7.16.4\)"),
+        ("ternary by rANS", "words", (16,), 77, r"a state of block 0 does not end at 65536 \(SPEC 7.16.4\)"),
+        ("ternary by rANS", "word_blocks", (0,), 2, r"word_blocks go from 2 to 17: must be from 0 to 17 \(SPEC 7.16.3"),
+        (BLOCKS, "word_blocks", (1,), 160, r"word_blocks fall behind number 1: must never fall \(SPEC 7.16.3\)"),
+        (BLOCKS, "word_blocks", (1,), 3, r"words of block 0: its lanes take more, or fewer, .*\(SPEC 7.16.4\)"),
         ("int8", "scales", (0,), BEYOND, r"a scale is NaN, infinite or beyond 2\*\*64 \(SPEC 7.6\)"),
         ("int8", "codes", (2, 10), -128, r"a code is -128: must be -127 to 127 \(SPEC 7.13.2\)"),
         ("int8, two columns", "values", (0, 1), NAN, r"a value is NaN or infinite \(SPEC 7.6\)"),
@@ -91,6 +123,34 @@ def test_spec_7_6_1_numbers_that_cannot_be_are_found_by_whoever_decodes(name, pa
         for read in (lambda: verify(path), lambda: file.layer("w"), lambda: decode_tensor(file, file.tensors["w"])):
             with pytest.raises(FormatError, match=f"a.qtm: tensor 'w': {message}"):
                 read()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("ternary", "codewords", r"codewords of row 4: a value behind the last is not 0 \(SPEC 7.15.5\)"),
+        ("ternary by rANS", "words", r"the last symbol of row 4: a value behind the last is not 0 \(SPEC 7.16.5\)"),
+    ],
+)
+def test_spec_7_15_5_values_behind_the_last(name, part, message, tmp_path):
+    """The streams of a matrix with one input more, whose last value is not zero, as those of the matrix."""
+    layer = LAYERS[name]
+    codes = np.concatenate([layer.codes, np.zeros((5, 1), np.int8)], axis=1)
+    codes[4, -1] = 1
+    wider = replace(layer, codes=codes)
+    encoding, arrays = encoding_of(wider), wider.encoding.pack(wider)
+    section = bytearray(encoding.section_bytes(layer.shape))
+    for found, array in part_arrays(section, layer.shape, encoding).items():
+        array[...] = arrays[found]
+    path = tmp_path / "a.qtm"
+    with Writer(path) as writer:
+        writer.add_tensor("w", layer.shape, encoding, bytes(section))
+        writer.finish(**NO_MEMBERS)
+    with pytest.raises(FormatError, match=f"tensor 'w': {message}"):
+        verify(path)
+    assert not both_read(path.read_bytes())
+    with QtmFile.open(path) as file:  # nothing that is read says so
+        assert np.array_equal(file.layer("w").codes, layer.codes)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -136,6 +196,8 @@ def fields_in_a_row(layer, field: str) -> int:
 
 UNIFORM = {"encoding": "uniform", "bits": 3, "group_size": 4, "symmetric": False}
 TRELLIS = {"encoding": "trellis", "bits": 2, "memory": 4, "run": 64, "group_size": 4}
+DICTIONARY = {"encoding": "ternary_dict", "share_low": 20, "share_high": 20, "codewords": 9}
+RANS = {"encoding": "ternary_rans", "segment": 20, "words": 2}
 CODEBOOK = {"encoding": "codebook", "bits": 4, "group_size": 4, "levels": "nf4"}
 
 
@@ -168,6 +230,19 @@ CODEBOOK = {"encoding": "codebook", "bits": 4, "group_size": 4, "levels": "nf4"}
         (TRELLIS | {"run": 2**63}, r"run is 9223372036854775808: must be an integer from 0 to .*\(SPEC 3.3\)"),
         (TRELLIS | {"run": 48}, r"run=48: must be a multiple of 32, above 0 \(SPEC 7.14\)"),
         (TRELLIS | {"run": 32.0}, "run=32.0: must be int"),
+        (DICTIONARY | {"share_low": 0}, r"share_low=0, share_high=20: must each be 1 or more, .* 255 \(SPEC 7.15\)"),
+        (DICTIONARY | {"share_high": 0}, "share_low=20, share_high=0: must each be 1 or more"),
+        (DICTIONARY | {"share_low": 236}, "share_low=236, share_high=20: must each be 1 or more, together at most 255"),
+        (DICTIONARY | {"share_low": 10**30}, "share_low is 1000000000000000000000000000000: must be an integer"),
+        (DICTIONARY | {"share_low": 0.5}, "share_low=0.5: must be int"),
+        (DICTIONARY | {"codewords": 2}, r"codewords=2: must be 3 to 18 \(SPEC 7.15\)"),
+        (DICTIONARY | {"codewords": 19}, r"codewords=19: must be 3 to 18 \(SPEC 7.15\)"),
+        (DICTIONARY | {"codewords": 2**63 - 1}, r"codewords=9223372036854775807: must be 3 to 18 \(SPEC 7.15\)"),
+        (RANS | {"segment": 0}, r"segment=0: must be a multiple of 10, above 0 \(SPEC 7.16\)"),
+        (RANS | {"segment": 15}, r"segment=15: must be a multiple of 10, above 0 \(SPEC 7.16\)"),
+        (RANS | {"segment": 2**63}, r"segment is 9223372036854775808: must be an integer from 0 to .*\(SPEC 3.3\)"),
+        (RANS | {"words": 10}, r"words=10: must be 0 to 9 \(SPEC 7.16\)"),
+        (RANS | {"words": True}, "words=True: must be int"),
         ({"encoding": "int8_rows", "columns": 12}, r"columns=12: must be 0 to 11 \(SPEC 7.13\)"),
         ({"encoding": "int8_rows", "columns": "2"}, "columns='2': must be int"),
     ],
@@ -192,6 +267,12 @@ def test_spec_7_9_fields_that_cannot_be_are_refused(entry, message):
             lambda: Uniform(bits=3, group_size=4, symmetric=True, outliers=-1).parts((3, 11)),
             "outliers=-1: must be 0 to",
         ),
+        (
+            lambda: TernaryDict(share_low=-1, share_high=3, codewords=9),
+            "share_low=-1, share_high=3: must each be 1 or more",
+        ),
+        (lambda: TernaryRans(segment=-10, words=0), "segment=-10: must be a multiple of 10, above 0"),
+        (lambda: TernaryRans(segment=10, words=-1).parts((3, 11)), "words=-1: must be 0 to 9"),
         (lambda: Int8Rows(columns=-1).parts((3, 11)), r"columns=-1: must be 0 to 11 \(SPEC 7.13\)"),
         (lambda: Trellis(bits=2, memory=4, run=-32, group_size=4), "run=-32: must be a multiple of 32, above 0"),
     ],
@@ -211,9 +292,15 @@ def test_spec_7_10_more_outliers_than_a_pointer_counts():
 
 @pytest.mark.parametrize(
     "encoding",
-    [Codebook(bits=4, group_size=1, levels="nf4"), Int8Rows(), Uniform(bits=2, group_size=1, symmetric=True)],
+    [
+        Codebook(bits=4, group_size=1, levels="nf4"),
+        Int8Rows(),
+        Uniform(bits=2, group_size=1, symmetric=True),
+        TernaryDict(share_low=1, share_high=1, codewords=1),
+        TernaryRans(segment=10, words=1),
+    ],
 )
 @pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3)])
 def test_spec_7_11_quantized_tensors_have_two_dimensions(encoding: Encoding, shape):
-    with pytest.raises(FormatError, match=rf"{encoding.name} needs two dimensions \(SPEC 7.3, 7.11, 7.13, 7.14\)"):
+    with pytest.raises(FormatError, match=rf"{encoding.name} needs two dimensions \(SPEC 7.3, 7.11, 7.13 to 7.16\)"):
         encoding.parts(shape)

@@ -14,7 +14,7 @@ from blockwise import blockwise_logits, some_ids
 from format_samples import make_layer
 from independent_reader import read
 from invoke import qtool_json, refusal, run_qtool
-from layer_samples import make_codebook, make_int8, make_spqr, make_trellis, with_outliers
+from layer_samples import make_codebook, make_int8, make_spqr, make_ternary, make_trellis, with_outliers
 
 import qtool as api
 from formats.encoding import Uniform
@@ -33,6 +33,8 @@ KINDS: list[Callable[[int, int], Layer]] = [
     lambda out, n: make_codebook(out, n, 3, 16, "fitted", "two_level"),
     lambda out, n: with_outliers(make_codebook(out, n, 4, 16, "fp4"), every=50),
     lambda out, n: make_trellis(out, n, 2, 16, 7, 32, scaled=True),
+    lambda out, n: make_ternary(out, n, 9, scaled=True),
+    lambda out, n: make_ternary(out, n, 4, "ternary_rans"),
 ]
 
 
@@ -74,7 +76,7 @@ def test_inspect_and_verify_know_them(tiny_files, tmp_path):
     path = rewritten(tiny_files.compressed("llama"), tmp_path / "a.qtm", lambda _, entry: next(kinds)(*entry.shape))
     assert run_qtool("verify", path).exit_code == 0
     found = qtool_json("inspect", path)
-    assert found["format_version"] == "1.1"
+    assert found["format_version"] == "1.2"
     rows = [row for row in found["tensors"] if row["encoding"] != "dense"]
     assert {(row["encoding"], row["bits"], row["group_size"], row["outliers"] > 0) for row in rows} == {
         ("uniform", 3, 16, False),
@@ -84,6 +86,8 @@ def test_inspect_and_verify_know_them(tiny_files, tmp_path):
         ("codebook", 3, 16, False),
         ("codebook", 4, 16, True),
         ("trellis", 2, 16, False),
+        ("ternary_dict", 2, None, False),
+        ("ternary_rans", 1, None, False),
     }
     assert {row["settings"].get("levels") for row in rows} == {None, "nf4", "fitted", "fp4"}
     table = run_qtool("inspect", path, "--tensors").stdout.splitlines()

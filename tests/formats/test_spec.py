@@ -32,7 +32,7 @@ SPEC = ROOT / "formats" / "SPEC.md"
 
 def test_the_second_reader_imports_only_numpy_and_the_standard_library():
     path = Path(independent_reader.__file__)
-    parts = {"independent_encodings", "independent_values"}
+    parts = {"independent_encodings", "independent_ternary", "independent_values"}
     for name in (path.stem, *parts):
         assert imported_packages(path.with_name(f"{name}.py")) <= {*sys.stdlib_module_names, "numpy", *parts}
     code = (
@@ -82,13 +82,15 @@ dense_values = st.one_of(
 @settings(max_examples=40, deadline=None)
 @given(
     content=st.lists(
-        st.one_of(any_uniform(), st.sampled_from(list(LAYERS.values())), dense_values, st.binary(max_size=300)),
+        st.one_of(any_uniform(), st.sampled_from(list(LAYERS)), dense_values, st.binary(max_size=300)),
         max_size=4,
     )
 )
 def test_both_readers_agree_on_any_file(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "a.qtm"
-    write_items(path, content)
+    write_items(
+        path, [LAYERS[item] if isinstance(item, str) else item for item in content]
+    )  # a name: its repr is short
     assert both_read(path.read_bytes())
 
 
@@ -106,12 +108,13 @@ REMOVED = object()
 VALUES = (
     *(REMOVED, None, True, False, -1, 0, 1, 2, 8, 9, 11, 32, 256, 2**31, 2**63 - 1, 2**63, 4.0, 0.5, -0.0, 1e300),
     *("", "a", "w", "..", "a/b", "\x7f", "é" * 128, "x" * 1025, "F16", "F8", "0" * 64, "nf4", "fitted"),
-    *("dense", "uniform", "codebook", "int8_rows", "trellis", "ternary"),
+    *("dense", "uniform", "codebook", "int8_rows", "trellis", "ternary", "ternary_dict", "ternary_rans"),
     *([], [3], [33], [3, 11], [11, 3], [1, 33], [3, 0], [3, 11.0], [True, 33], [1] * 9, {}, {"a": 1}),
 )
 ENTRIES = (("tensors", 0), ("tensors", 1), ("files", 0))
 OPTIONAL = ("relative_error", "transposed", "input_scales", "dtype", "bits", "perm")
 NEWER = ("stat_bits", "stat_rows", "outliers", "levels", "double_quant", "columns", "memory", "run")
+NEWEST = ("share_low", "share_high", "codewords", "segment", "words")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -139,7 +142,7 @@ def test_both_readers_refuse_the_same_headers(tmp_path):
     tiny = write_tiny(tmp_path / "tiny.qtm")
     header = header_of(tiny)
     header["tensors"][0]["input_scales"] = False  # spelt out, which a writer never does (SPEC 7.3)
-    fields = [*places(header), *((kind, i, name) for kind, i in ENTRIES for name in (*OPTIONAL, *NEWER))]
+    fields = [*places(header), *((kind, i, name) for kind, i in ENTRIES for name in (*OPTIONAL, *NEWER, *NEWEST))]
     verdicts = [both_read(claim(tiny, changed(header, path, value))) for path in fields for value in VALUES]
     assert verdicts.count(True) > 50
 
@@ -151,7 +154,7 @@ def test_both_readers_refuse_the_same_fields_of_every_encoding(layer, tmp_path):
     good = (tmp_path / "a.qtm").read_bytes()
     header = header_of(good)
     own = set(header["tensors"][0]) - {"name", "offset", "bytes", "sha256"}
-    fields = [("tensors", 0, name) for name in (own | {*NEWER, *OPTIONAL})]
+    fields = [("tensors", 0, name) for name in (own | {*NEWER, *NEWEST, *OPTIONAL})]
     verdicts = [both_read(claim(good, changed(header, path, value))) for path in sorted(fields) for value in VALUES]
     assert True in verdicts and False in verdicts
 
