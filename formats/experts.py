@@ -136,6 +136,12 @@ def mixtures(model: nn.Module) -> Iterator[tuple[str, SeparateExperts]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SeparateExperts))
 
 
+def expert_of(name: str) -> tuple[str, int] | None:
+    """Mixture and number of the expert that has the weight `name`, going by the name."""
+    match = _SEPARATE.fullmatch(name)
+    return None if match is None or match[4] != "weight" else (match[1], int(match[2]))
+
+
 def fused_tensor(model: nn.Module, name: str) -> FusedTensor | None:
     """The tensor of transformers that the tensor `name` is a part of, unless it is none of an expert's."""
     match = _SEPARATE.fullmatch(name)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from formats.errors import FormatError
+from formats.experts import expert_of
 from qtool.sizes import format_bytes
-
-_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 
 
 def list_experts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -20,14 +18,14 @@ def list_experts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     calibrated = found["quality"].get("experts") or {}
     experts: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in found["tensors"]:
-        match = _EXPERT.fullmatch(row["name"])
-        if match is not None and len(row["shape"]) == 2 and match[1].endswith("experts"):
-            experts.setdefault((match[1], int(match[2])), []).append(row)
+        expert = expert_of(row["name"])
+        if expert is not None:
+            experts.setdefault(expert, []).append(row)
     if not experts:
         raise FormatError("--experts: the file's model has none")
     try:
         return [_expert(*key, experts[key], calibrated.get(key[0], {})) for key in sorted(experts, key=_in_order)]
-    except (TypeError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise FormatError(f"header: quality is not as qtool writes it: {error} (SPEC 3.4)") from error
 
 
@@ -46,6 +44,7 @@ def _expert(mixture: str, number: int, rows: list[dict[str, Any]], calibrated: M
         "expert": number,
         "tokens": None if tokens is None else int(tokens[number]),
         "statistics": None if tokens is None else "all" if number in calibrated.get("pooled", ()) else "own",
+        "zeros": float(calibrated["zeros"][number]) if "zeros" in calibrated else None,
         "error": sum(errors) / len(errors) if errors else None,
         "bits": 8 * n_bytes / parameters,
         "bytes": n_bytes,
@@ -61,10 +60,11 @@ def format_experts(rows: Iterable[Mapping[str, Any]]) -> str:
     for name, experts in mixtures.items():
         total = sum(row["bytes"] for row in experts)
         lines += ["", f"{name}: {len(experts)} experts, {format_bytes(total)}"]
-        lines.append(f"  {'expert':>6}  {'tokens':>9}  {'statistics':>10}  {'error':>9}  {'bits':>7}")
+        lines.append(f"  {'expert':>6}  {'tokens':>9}  {'statistics':>10}  {'zeros':>6}  {'error':>9}  {'bits':>7}")
         for row in sorted(experts, key=lambda row: row["tokens"] or 0):
             tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
             error = "-" if row["error"] is None else f"{row['error']:.2e}"
-            statistics = row["statistics"] or "-"
-            lines.append(f"  {row['expert']:>6}  {tokens:>9}  {statistics:>10}  {error:>9}  {row['bits']:>7.3f}")
+            zeros = "-" if row["zeros"] is None else f"{row['zeros']:.1%}"
+            cells = f"{tokens:>9}  {row['statistics'] or '-':>10}  {zeros:>6}  {error:>9}  {row['bits']:>7.3f}"
+            lines.append(f"  {row['expert']:>6}  {cells}")
     return "\n".join(lines)

@@ -55,12 +55,11 @@ def build_recipe(
     linears["bits"] = None if bits is None else int(bits)
     if linears["method"] == "ternary":
         linears["method"], expert_format = "gptq", expert_format or "ternary"
-    grid = {} if ternary_grid is None else {"grid": ternary_grid}
-    if grid and "ternary" not in (linears["number_format"], expert_format):
+    if ternary_grid is not None and "ternary" not in (linears["number_format"], expert_format):
         raise ConfigError(f"--ternary-grid {ternary_grid}: is for ternary weights; give --method ternary")
     return Recipe(
-        linears=_linears(targeted=target is not None, **grid, **linears),
-        experts=_experts(expert_format, linears["method"], linears["percdamp"], **grid),
+        linears=_linears(targeted=target is not None, grid=ternary_grid or "minmax", **linears),
+        experts=_experts(expert_format, linears["method"], linears["percdamp"], ternary_grid or "minmax"),
         embeddings=(0 if target is not None and target.size_bytes else 8) if embeddings is None else embeddings,
         calibration=CalibrationSpec(
             source=calibration,
@@ -77,7 +76,7 @@ def build_recipe(
     )
 
 
-def _experts(number_format: str | None, method: str, percdamp: float | None, grid: str = "minmax") -> QuantSpec | None:
+def _experts(number_format: str | None, method: str, percdamp: float | None, grid: str) -> QuantSpec | None:
     """How experts are stored where they are not stored as all linears."""
     if number_format is None:
         return None
@@ -98,7 +97,7 @@ def _ternary(method: str, grid: str, chosen: dict[str, Any]) -> QuantSpec:
 def _linears(
     *,
     targeted: bool,
-    grid: str = "minmax",
+    grid: str,
     method: str,
     number_format: str | None,
     effort: str,

@@ -101,7 +101,9 @@ def _describe_experts(mixtures: dict[str, Any]) -> list[tuple[str, str]]:
     """How well the calibration text covered them."""
     if not mixtures:
         return []
-    tokens = [n for of_one in mixtures.values() for n in of_one["tokens"]]
+    tokens = [n for of_one in mixtures.values() for n in of_one.get("tokens", ())]
+    if not tokens:
+        return []
     pooled = sum(len(of_one["pooled"]) for of_one in mixtures.values())
     told = f"{len(tokens)} in {len(mixtures)} blocks, {min(tokens)} to {max(tokens)} tokens each"
     return [("experts", f"{told}; {pooled} calibrated on what all of their block's read" if pooled else told)]
@@ -117,6 +119,8 @@ def _describe_recipe(recipe: dict[str, Any], linears: dict[str, Any]) -> str:
     if linears.get("double_quant"):
         words.append("scales in 8 bits")
     words += [*_describe_outliers(linears), *_describe_exceptions(recipe)]
+    if recipe.get("experts"):
+        words.append(f"experts {recipe['experts']['format']}")
     return ", ".join(map(str, [*words, _describe_embeddings(recipe.get("embeddings"))]))
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from calibration.hessian import LayerStats
+from formats.experts import expert_of
 from qtool.errors import naming
 from qtool.gptq import Factor, Solution
 from qtool.memory import rss_bytes
@@ -52,7 +53,20 @@ class RunReport:
             "harder_damped": self.harder_damped,
             "dropped_tokens": self.dropped_tokens,
             "uncalibrated": self.uncalibrated,
-        } | {name: value for name, value in (("experts", self.experts), ("zeros", self.zeros)) if value}
+        } | ({"experts": self._experts()} if self.experts or self.zeros else {})
+
+    def _experts(self) -> dict[str, dict[str, list[Any]]]:
+        """What is told of the experts, and of those that are ternary the share of zeros: a number each, since a header
+        takes half a million characters of such."""
+        shares: dict[str, dict[int, list[float]]] = {}
+        for name, share in self.zeros.items():
+            if (part := expert_of(name)) is not None:
+                shares.setdefault(part[0], {}).setdefault(part[1], []).append(share)
+        zeros = {
+            mixture: {"zeros": [round(float(np.mean(of_one[n])), 4) for n in sorted(of_one)]}
+            for mixture, of_one in shares.items()
+        }
+        return {name: self.experts.get(name, {}) | zeros.get(name, {}) for name in self.experts | zeros}
 
 
 class RunLog:

@@ -18,6 +18,7 @@ from torch import Tensor
 from formats.encoding import MatrixEncoding, Shape
 from formats.header import TensorEntry
 from formats.layer import SparseOutliers, TernaryLinear
+from formats.layer.ternary import CODINGS
 from qtool.grid import Grid, fit_ranges, full_range, search_range, weighted_error
 
 SHRINK_MIN = 0.2
@@ -55,12 +56,11 @@ class TernaryGrid(Grid):
     ) -> TernaryLinear:
         assert outliers is None
         scales = torch.cat([self.low, self.high]).T.numpy().astype(np.float16)
-        return TernaryLinear(
-            codes=codes.astype(np.int8) - np.int8(1), scales=scales, input_scales=input_scales, coding=CODING
-        )
-
-
-CODING = "ternary_rans"
+        ternary = codes.astype(np.int8) - np.int8(1)
+        made = [
+            TernaryLinear(codes=ternary, scales=scales, input_scales=input_scales, coding=coding) for coding in CODINGS
+        ]
+        return min(made, key=lambda layer: layer.encoding.section_bytes(layer.shape))
 
 
 def fit_ternary(weight: Tensor, *, input_scales: Tensor | None = None, hessian: Tensor | None = None) -> TernaryGrid:
@@ -108,6 +108,6 @@ def zeros_warning(layers: Sequence[tuple[TensorEntry, float]]) -> str | None:
     bits = 8 * sum(entry.encoding.section_bytes(entry.shape) for entry, _ in few) / weights
     share = sum(zeros * math.prod(entry.shape) for entry, zeros in few) / weights
     return (
-        f"{len(few)} of {len(layers)} ternary layers have fewer than {FEW_ZEROS:.0%} zeros ({share:.0%} on average), and "
-        f"take {bits:.2f} bits a weight, not less than one; --bits 2 --group-size -1 would take about 2.0 and lose less"
+        f"{len(few)} of {len(layers)} ternary layers have fewer than {FEW_ZEROS:.0%} zeros ({share:.0%} on average): "
+        f"they take {bits:.2f} bits a weight, not less than one; --bits 2 --group-size -1 would take 2.0, and lose less"
     )
