@@ -87,7 +87,7 @@ def _rounded(weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def share_of_zeros(layer: TernaryLinear) -> float:
-    return 1 - np.count_nonzero(layer.codes) / layer.codes.size
+    return float(np.mean(layer.codes == 0))
 
 
 def planned_ternary(shape: Shape, *, input_scales: bool) -> MatrixEncoding:

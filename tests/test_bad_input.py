@@ -267,7 +267,7 @@ def test_gguf_that_is_none(refuse, tmp_path):
         ("--samples", "0", "samples=0: must be at least 1"),
         ("--seq-len", "1", "seq_len=1: must be at least 2"),
         ("--seed", "-1", "seed=-1: must not be negative"),
-        ("--method", "magic", "method='magic': must be one of gptq, rtn, int8, spqr"),
+        ("--method", "magic", "method='magic': must be one of gptq, rtn, int8, spqr, ternary"),
     ],
 )
 def test_option_out_of_range(refuse, tiny_files, option, value, message):

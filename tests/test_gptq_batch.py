@@ -21,6 +21,8 @@ SPECS = {
     },
     "symmetric": {"group_size": 8, "symmetric": True, "bits": 3},
     "two-level statistics": {"group_size": 8, "stat_bits": 3, "stat_rows": 4},
+    "ternary": {"format": "ternary", "bits": 2, "group_size": -1, "act_order": False, "scale_search": False},
+    "ternary, searched": {"format": "ternary", "bits": 2, "group_size": -1},
     "nf4": {"format": "nf4", "group_size": 16},  # solved one by one
     "outliers": {"group_size": 16, "outliers": 0.02},
 }  # fmt: skip
