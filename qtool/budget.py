@@ -19,7 +19,7 @@ from qtool.recipe import Recipe
 from qtool.sample import SAMPLES_PER_BATCH
 from qtool.sensitivity import LOGITS_BACKWARD, windows_backward
 from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
-from qtool.states import EXPERT_FILES, STATES_FILES, TOKENS_PER_BATCH, windows_per_batch
+from qtool.states import EXPERT_FILES, TOKENS_PER_BATCH, windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
 COMPILER_BYTES = 170_000_000  # numba, which compiles the trellis's search
@@ -62,7 +62,7 @@ def plan_budget(
             peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
             measuring = _measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
-            n_files = len(STATES_FILES) + len(EXPERT_FILES) * any(tensor.is_expert for tensor in plan)
+            n_files = 2 + recipe.independent + len(EXPERT_FILES) * any(tensor.is_expert for tensor in plan)
             return Budget(windows, peak, n_files * states_bytes, measuring if recipe.target else 0, max_memory_bytes)
         if windows == 1 or not n_windows:
             raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")

@@ -117,6 +117,10 @@ _calibration_options = _options(
     click.option("--seq-len", "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a window."),
     click.option("--seed", type=int, default=0, show_default=True, help="Places the windows."),
     click.option(
+        "--independent", is_flag=True,
+        help="Calibrate each block on the uncompressed ones before it: a cluster then solves blocks in parallel.",
+    ),
+    click.option(
         "--min-expert-tokens", type=int, default=64, show_default=True,
         help="An expert that sees fewer is calibrated on what all experts of its block see.",
     ),
@@ -130,6 +134,10 @@ _run_options = _options(
         help="What an interrupted run goes on from.  [default: OUTPUT.work]",
     ),
     click.option("--restart", is_flag=True, help="Drop what an earlier run left in the work folder."),
+    click.option(
+        "--cluster", metavar="ADDRESS",
+        help="Layers are solved by the workers of a Ray cluster, with the same result; local: on this machine.",
+    ),
     click.option("--log-file", type=click.Path(path_type=Path), help="Append one JSON line for each layer."),
     click.option(
         "--trust-remote-code", is_flag=True, help="Run the code of MODEL's tokenizer; a file never holds any."
@@ -155,6 +163,7 @@ def compress(
     max_memory: str | None,
     work_dir: Path | None,
     restart: bool,
+    cluster: str | None,
     log_file: Path | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -186,6 +195,7 @@ def compress(
         restart=restart,
         max_memory_bytes=None if max_memory is None else parse_size(max_memory, "--max-memory"),
         log_file=log_file,
+        cluster=cluster,
     )
     warn = partial(click.echo, err=True)
     if dry_run:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ MAX_SHARE = 4
 BATCH_ELEMENTS = 1 << 24
 """Weights and statistics of the experts that are in memory together, unless one alone has more."""
 
-Handle = Callable[[list[str], Mapping[str, LayerStats]], None]
+Handle = Callable[[list[str], dict[str, LayerStats]], None]
 """Is given the names of tensors that are in memory and the statistics of their linears; leaves the tensors as those
 that the experts are to give their outputs with."""
 
@@ -44,7 +44,8 @@ class _Reached(Exception):
 class Mixture:
     """The experts of one block."""
 
-    def __init__(self, model: BlockwiseModel, index: int, name: str) -> None:
+    def __init__(self, model: BlockwiseModel, index: int, name: str, workers: int = 1) -> None:
+        """workers: how many solve a part of the experts that are in memory."""
         self.model, self.index, self.name = model, index, name
         module = model.skeleton.get_submodule(name)
         assert isinstance(module, SeparateExperts)
@@ -54,7 +55,7 @@ class Mixture:
             part = fused_tensor(model.skeleton, tensor)
             if part is not None:
                 self._names.setdefault(part.expert, []).append(tensor)
-        self._in_memory = max(1, BATCH_ELEMENTS // max(map(self._elements, self._names), default=1))
+        self._in_memory = workers * max(1, BATCH_ELEMENTS // max(map(self._elements, self._names), default=1))
 
     def _elements(self, number: int) -> int:
         """Of an expert: its tensors, and the statistics of its linears."""

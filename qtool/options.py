@@ -32,6 +32,7 @@ def build_recipe(
     target_size: str | None = None,
     target_bits: float | None = None,
     fused: bool = False,
+    independent: bool = False,
     layers: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
     bits: float | None = None,
@@ -71,6 +72,7 @@ def build_recipe(
         ),
         target=target,
         fused=fused,
+        independent=independent,
         layers=tuple(_layer_bits(text) for text in layers),
         ignore=tuple(ignore),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,9 @@ from formats.skeleton import set_tensor
 from formats.writer import BytesLike, Writer
 from qtool.budget import check_disk
 from qtool.checkpoint import Checkpoint, find_tensor
+from qtool.cluster import RayCluster
 from qtool.errors import ConfigError
-from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
-from qtool.gptq_batch import gptq_quantize_all
-from qtool.int8 import int8_quantize
+from qtool.gptq import Solution
 from qtool.job import Job, draw_windows, meet_target, prepare
 from qtool.journal import Journal
 from qtool.memory import reset_peak
@@ -38,7 +39,8 @@ from qtool.plan import TensorPlan, by_input, weight_of
 from qtool.provenance import header_members, machine
 from qtool.recipe import Recipe, RunOptions
 from qtool.runlog import RunLog, RunReport
-from qtool.states import HiddenStates, advance, calibrate
+from qtool.solve import Here, Solved, Solver, Work
+from qtool.states import STATES_FILES, HiddenStates, advance, calibrate
 from qtool.ternary import share_of_zeros, zeros_warning
 
 
@@ -59,7 +61,10 @@ def compress(
     started = time.perf_counter()
     _refuse_same_paths(output, options)
     reset_peak()
-    with exact_float32(), RunLog(options.log_file) as log, Journal(output, options.work_dir) as journal:
+    with exact_float32(), ExitStack() as stack:
+        log = stack.enter_context(RunLog(options.log_file))
+        journal = stack.enter_context(Journal(output, options.work_dir))
+        solver = stack.enter_context(RayCluster(options.cluster)) if options.cluster else Here()
         job = prepare(checkpoint, recipe, options, warn)
         if recipe.target is not None:
             if not options.restart:
@@ -79,7 +84,7 @@ def compress(
             job.budget.check_now("the calibration text")
             journal.start()
             with Writer(output, options.overwrite, part=journal.sections, written=journal.entries) as writer:
-                _Run(job, writer, journal, log).blocks(windows)
+                _Run(job, writer, journal, log, solver).blocks(windows)
                 for name, data in job.files.items():
                     writer.add_file(name, data)
                 quality = RunReport.whole(journal.reports).quality()
@@ -113,12 +118,23 @@ def _check_resumed(journal: Journal, windows: TokenWindows | None, warn: Callabl
             warn(f"begun on {begun['machine']}, goes on with {machine()}: a few codes can differ from a run in one go")
 
 
+@dataclass(slots=True)
+class _Begun:
+    """A block whose layers are being solved."""
+
+    writes: list[Callable[[], None]] = field(default_factory=list)  # what is still to be written of it
+    experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    checksum: int | None = None  # of the next block's inputs
+
+
 class _Run:
     """One pass over the model, from the first tensor to the last; what the journal has is left out."""
 
-    def __init__(self, job: Job, writer: Writer, journal: Journal, log: RunLog) -> None:
+    def __init__(self, job: Job, writer: Writer, journal: Journal, log: RunLog, solver: Solver) -> None:
+        self.solver, self.recipe = solver, job.recipe
+        self.runs_ahead = job.recipe.independent and solver.is_elsewhere
+        self.begun: deque[_Begun] = deque()
         self.model, self.budget = job.model, job.budget
-        self.min_expert_tokens = job.recipe.calibration.min_expert_tokens
         self.writer, self.journal, self.log = writer, journal, log
         self.plan = {tensor.name: tensor for tensor in job.plan}
         self.entries: list[TensorEntry] = []  # of the step being done
@@ -129,7 +145,8 @@ class _Run:
         states = None
         if windows is not None:
             ids = torch.from_numpy(windows.ids)
-            states = HiddenStates(self.journal.folder, ids, self.budget.windows_per_batch)
+            names = STATES_FILES if self.recipe.independent else STATES_FILES[:2]
+            states = HiddenStates(self.journal.folder, ids, self.budget.windows_per_batch, names)
         with self.journal.giving_up():
             if self.journal.steps:
                 self._resume(states)
@@ -160,10 +177,21 @@ class _Run:
             for index in range(done, count):
                 bar.set_description(f"quantize block {index + 1} of {count}")
                 with self.model.block(index, experts=False):
-                    self._commit(self._block(index, states, bar))
+                    self.begun.append(self._block(index, states, bar))
                 release_free_memory()
+                self._finish_all(but=1 if self.runs_ahead else 0)
                 self.budget.check_now(f"block {index}")
                 bar.update()
+            self._finish_all()
+
+    def _finish_all(self, but: int = 0) -> None:
+        """Write what has been sent to be solved, block after block, and end their steps; the last ones may wait."""
+        while len(self.begun) > but:
+            step = self.begun.popleft()
+            for write in step.writes:
+                write()
+            self.report.experts |= step.experts
+            self._commit(step.checksum)
 
     def _commit(self, checksum: int | None, **first: Any) -> None:
         """End a step: from here on, no interruption costs it."""
@@ -189,95 +217,98 @@ class _Run:
         with self.model.materialised(looked_up, instead=decoded):
             return states.write(0, map(self.model.embed, states.batches))
 
-    def _block(self, index: int, states: HiddenStates | None, bar: tqdm[Any]) -> int | None:
-        """Calibrate, quantize and write one block; its quantized outputs are the next block's inputs, whose checksum
-        is returned.
+    def _block(self, index: int, states: HiddenStates | None, bar: tqdm[Any]) -> _Begun:
+        """Calibrate, quantize and write one block; its outputs, which are the quantized ones unless blocks are
+        independent, are the next block's inputs.
         """
         block = f"{self.model.block_name(index)}."
 
         def show(tensor: TensorPlan, solution: Solution) -> None:
             bar.set_postfix_str(f"{tensor.layer.removeprefix(block)} error {solution.relative_error:.2e}")
 
-        stats = calibrate(self.model, index, states)
-        release_free_memory()
-        self._tensors(self.model.own_names(index), stats, show)
+        step = _Begun()
+        handle = partial(self._tensors, step=step, show=show)
+        handle(self.model.own_names(index), calibrate(self.model, index, states))
         name = self.model.mixture(index)
         if name is None:
-            return advance(self.model, index, states)
-        mixture, handle = Mixture(self.model, index, name), partial(self._tensors, show=show)
+            step.checksum = advance(self.model, index, states)
+            return step
+        mixture = Mixture(self.model, index, name, self.solver.workers)
         if states is None:
             mixture.visit(handle)
-            return None
+            return step
         tokens = RoutedTokens(mixture, states)
-        few = tokens.visit(self.min_expert_tokens, handle)
-        self.report.experts[name] = {"tokens": tokens.counts, "pooled": few}
+        few = tokens.visit(self.recipe.calibration.min_expert_tokens, handle)
+        step.experts[name] = {"tokens": tokens.counts, "pooled": few}
         with tokens.replayed():
-            return advance(self.model, index, states)
+            step.checksum = advance(self.model, index, states)
+        return step
 
     def _tensors(
-        self, names: list[str], stats: Mapping[str, LayerStats], show: Callable[[TensorPlan, Solution], None]
+        self,
+        names: list[str],
+        stats: dict[str, LayerStats],
+        step: _Begun,
+        show: Callable[[TensorPlan, Solution], None],
     ) -> None:
-        """Solve and write tensors that are in memory; those that are quantized are left there decoded."""
+        """Solve and write tensors that are in memory; those that are quantized are left there decoded.
+
+        Where the run goes ahead, they are sent to be solved, and written with the step. `stats` is emptied: statistics
+        go as soon as they have been used.
+        """
+        release_free_memory()
         tensors = [self.plan[name] for name in names]
-        together = [t for t in tensors if t.is_expert and t.layer in stats and t.spec and t.spec.method == "gptq"]
-        groups = by_input([t for t in tensors if t.spec is not None and t not in together], stats)
-        for solved in (self._solve_experts(together, stats), self._solve_groups(groups)):
-            for tensor, solution in solved:
-                self._write_solution(tensor, solution)
-                release_free_memory()
-                show(tensor, solution)
-        for tensor in tensors:
-            if tensor.spec is None:
-                self._append(tensor, tensor.encoding, self._section(tensor))
+        dense = [tensor for tensor in tensors if tensor.spec is None]
+        works = self._works(tensors, stats)
+        if self.runs_ahead:
+            step.writes.append(partial(self._write_solved, self.solver.start(works), show))
+            step.writes += [partial(self._append, t, t.encoding, bytes(self._section(t))) for t in dense]
+            return
+        self._write_solved(self.solver.start(works), show)
+        for tensor in dense:
+            self._append(tensor, tensor.encoding, self._section(tensor))
 
-    def _solve_groups(
-        self, groups: list[tuple[list[TensorPlan], LayerStats | None]]
-    ) -> Iterator[tuple[TensorPlan, Solution]]:
-        """Quantize linears, those that read one input after each other."""
-        while groups:
-            readers, shared = groups.pop(0)  # statistics go as soon as they have been used
-            yield from self._solve(readers, shared)
+    def _write_solved(self, results: Iterator[Solved], show: Callable[[TensorPlan, Solution], None]) -> None:
+        for solved in results:
+            tensor, decoded = self.plan[solved.name], solved.solution.decoded
+            self._report(tensor, solved)
+            if not self.recipe.independent:
+                set_tensor(self.model.skeleton, tensor.name, decoded.T.contiguous() if tensor.transposed else decoded)
+            self._write_solution(tensor, solved.solution)
+            release_free_memory()
+            show(tensor, solved.solution)
 
-    def _solve_experts(
-        self, experts: list[TensorPlan], stats: Mapping[str, LayerStats]
-    ) -> Iterator[tuple[TensorPlan, Solution]]:
-        """Quantize the linears of experts, each with its own input, as many as are alike at a time."""
+    def _works(self, tensors: list[TensorPlan], stats: dict[str, LayerStats]) -> Iterator[Work]:
+        """What is to be solved: the experts, as many as are alike, and the others by what they read."""
         alike: dict[tuple[Any, ...], list[TensorPlan]] = {}
-        for tensor in experts:
-            alike.setdefault((tensor.shape, tensor.spec), []).append(tensor)
-        for (_, spec), tensors in alike.items():
-            self.log.start_layer()
-            weights = [weight_of(self.model, tensor) for tensor in tensors]
-            own = [stats[tensor.layer] for tensor in tensors]
-            solutions = gptq_quantize_all(weights, own, spec, [tensor.name for tensor in tensors])
-            for tensor, shared, (solution, factor) in zip(tensors, own, solutions, strict=True):
-                self._report(tensor, solution, shared, factor)
-                set_tensor(self.model.skeleton, tensor.name, solution.decoded)
-                yield tensor, solution
+        others = []
+        for tensor in tensors:
+            if tensor.is_expert and tensor.layer in stats and tensor.spec and tensor.spec.method == "gptq":
+                alike.setdefault((tensor.shape, tensor.spec), []).append(tensor)
+            elif tensor.spec is not None:
+                others.append(tensor)
+        for experts in alike.values():
+            step = -(-len(experts) // self.solver.workers)
+            for start in range(0, len(experts), step):
+                part = experts[start : start + step]
+                yield self._work(part, [stats[tensor.layer] for tensor in part])
+        groups = by_input(others, stats)
+        stats.clear()
+        while groups:
+            readers, shared = groups.pop(0)
+            yield self._work(readers, [shared])
 
-    def _solve(self, readers: list[TensorPlan], stats: LayerStats | None) -> Iterator[tuple[TensorPlan, Solution]]:
-        """Quantize the linears that read one input, and put their decoded weights in the model."""
-        self.log.start_layer()
-        weights = [weight_of(self.model, tensor) for tensor in readers]
-        factor: Factor | None = None
-        for tensor in readers:
-            assert tensor.spec is not None
-            weight = weights.pop(0)
-            with error_context(tensor.name):
-                if tensor.spec.method == "rtn" or stats is None:
-                    solution = rtn_quantize(weight, tensor.spec, stats)
-                elif tensor.spec.method == "int8":
-                    solution = int8_quantize(weight, stats, tensor.spec)
-                else:
-                    factor = factor or factorize(stats, [weight, *weights], tensor.spec, tensor.name)
-                    solution = gptq_quantize(weight, factor, tensor.spec)
-            self._report(tensor, solution, stats, factor)
-            decoded = solution.decoded.T.contiguous() if tensor.transposed else solution.decoded
-            set_tensor(self.model.skeleton, tensor.name, decoded)
-            yield tensor, solution
+    def _work(self, tensors: list[TensorPlan], stats: Sequence[LayerStats | None]) -> Work:
+        return Work(
+            names=[tensor.name for tensor in tensors],
+            weights=[weight_of(self.model, tensor) for tensor in tensors],
+            specs=[tensor.spec for tensor in tensors if tensor.spec is not None],
+            stats=list(stats),
+        )
 
-    def _report(self, tensor: TensorPlan, solution: Solution, stats: LayerStats | None, factor: Factor | None) -> None:
+    def _report(self, tensor: TensorPlan, solved: Solved) -> None:
         assert tensor.spec is not None
+        solution, stats = solved.solution, solved.stats
         self.report.relative_errors[tensor.name] = solution.relative_error
         if isinstance(solution.layer, TernaryLinear):
             self.report.zeros[tensor.name] = share_of_zeros(solution.layer)
@@ -285,9 +316,9 @@ class _Run:
             self.report.uncalibrated.append(tensor.name)
         if stats is not None and stats.n_dropped:
             self.report.dropped_tokens[tensor.name] = stats.n_dropped
-        if factor is not None and factor.percdamp > tensor.spec.percdamp:
-            self.report.harder_damped[tensor.name] = factor.percdamp
-        self.log.layer(tensor, solution, stats, factor)
+        if solved.percdamp is not None and solved.percdamp > tensor.spec.percdamp:
+            self.report.harder_damped[tensor.name] = solved.percdamp
+        self.log.layer(tensor, solved)
 
     def _section(self, tensor: TensorPlan) -> BytesLike:
         """STAGE 5, pack: a tensor that no solver touches; one that is rounded is left in memory as decoded."""

@@ -188,6 +188,7 @@ class Recipe:
     layers: tuple[tuple[str, int], ...] = ()  # (regular expression, bits): what the first match says goes
     ignore: tuple[str, ...] = ()  # regular expressions: left dense
     target: Target | None = None  # spread bits over the layers to meet it
+    independent: bool = False  # each block is calibrated on what the uncompressed ones before it give
     fused: bool = False  # linears that read one input get one width: q, k, v; gate, up
 
     def __post_init__(self) -> None:
@@ -237,3 +238,4 @@ class RunOptions:
     restart: bool = False  # drop what an earlier run left in the work folder
     max_memory_bytes: int | None = None  # resident set that the run keeps to, or refuses to start
     log_file: Path | None = None
+    cluster: str | None = None  # address of a Ray cluster whose workers solve the layers, or "local"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from calibration.hessian import LayerStats
 from formats.experts import expert_of
 from qtool.errors import naming
-from qtool.gptq import Factor, Solution
 from qtool.memory import rss_bytes
 from qtool.plan import TensorPlan
+from qtool.solve import Solved
 
 
 @dataclass(slots=True)
@@ -75,7 +73,6 @@ class RunLog:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: TextIO | None = None
-        self._since = time.perf_counter()
 
     def __enter__(self) -> RunLog:
         if self._path is not None:
@@ -88,14 +85,8 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
-    def start_layer(self) -> None:
-        """A layer's seconds count from here, or from the layer before."""
-        self._since = time.perf_counter()
-
-    def layer(self, tensor: TensorPlan, solution: Solution, stats: LayerStats | None, factor: Factor | None) -> None:
+    def layer(self, tensor: TensorPlan, solved: Solved) -> None:
         """Write the line of a layer that has just been solved."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
         if self._file is None:
             return
         assert tensor.spec is not None
@@ -104,12 +95,12 @@ class RunLog:
             "method": tensor.spec.method,
             "format": tensor.spec.format,
             "bits": tensor.spec.bits,
-            "outliers": solution.layer.encoding.describe(tensor.shape).outliers,
-            "relative_error": solution.relative_error,
-            "percdamp": None if factor is None else factor.percdamp,
-            "tokens": 0 if stats is None else stats.n_tokens,
-            "dropped_tokens": 0 if stats is None else stats.n_dropped,
-            "seconds": round(seconds, 4),
+            "outliers": solved.solution.layer.encoding.describe(tensor.shape).outliers,
+            "relative_error": solved.solution.relative_error,
+            "percdamp": solved.percdamp,
+            "tokens": 0 if solved.stats is None else solved.stats.n_tokens,
+            "dropped_tokens": 0 if solved.stats is None else solved.stats.n_dropped,
+            "seconds": round(solved.seconds, 4),
             "rss_bytes": rss_bytes(),
         }
         assert self._path is not None

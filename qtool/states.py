@@ -1,7 +1,7 @@
 """The calibration set's hidden states between two blocks, on disk: memory holds one batch, whatever the set's size.
 
 In a run two files take turns. A block reads what the block before it wrote and writes the other file, so that what a
-resumed run needs is whole at every moment.
+resumed run needs is whole at every moment; three where blocks are solved in parallel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from calibration.hessian import LayerStats
 from qtool.errors import ConfigError, naming
 from qtool.model import BlockwiseModel
 
-STATES_FILES = ("states.0", "states.1")
+STATES_FILES = ("states.0", "states.1", "states.2")
+"""The third where a block's step ends only after the next block's: then three steps are of use."""
 EXPERT_FILES = ("experts.inputs", "experts.outputs")
 """What the mixture of the block being done reads and gives; each as large as the states."""
 TOKENS_PER_BATCH = 1024
@@ -39,7 +40,9 @@ class HiddenStates:
     names: of the files, which take turns where there are fewer of them than steps.
     """
 
-    def __init__(self, folder: Path, ids: Tensor, windows_per_batch: int, names: Sequence[str] = STATES_FILES) -> None:
+    def __init__(
+        self, folder: Path, ids: Tensor, windows_per_batch: int, names: Sequence[str] = STATES_FILES[:2]
+    ) -> None:
         self.folder, self._names = folder, names
         self.batches = ids.split(windows_per_batch)
         """The token ids [batch, seq] of each batch."""

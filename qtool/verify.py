@@ -158,7 +158,9 @@ class _Verification:
     def _tensors(self, names: list[str], stats: Mapping[str, LayerStats]) -> None:
         """Check tensors that are in memory; the file's are left there."""
         for name in names:
-            set_tensor(self.model.skeleton, name, self._check(name, stats.get(split_name(name)[0])))
+            checked = self._check(name, stats.get(split_name(name)[0]))
+            if not self.file.header.recipe.get("independent"):
+                set_tensor(self.model.skeleton, name, checked)
 
     def _check(self, name: str, stats: LayerStats | None) -> Tensor:
         """Compare the model's tensor with the file's, which is returned."""

@@ -184,3 +184,21 @@ def test_a_few_tokens_that_overflow_are_left_out_and_counted(monkeypatch, comman
     shown = run_qtool("inspect", output).stdout
     assert "model.layers.1.self_attn.q_proj.weight: 1 tokens with NaN or infinity left out" in shown
     verify(output)
+
+
+def test_independent_blocks_are_calibrated_on_the_uncompressed_ones(tiny_files, tmp_path):
+    """The last block's errors are those that it would have behind blocks that were left as they are."""
+    options = tiny_files.compress_options("--bits", "3")
+    files = {}
+    for name, own in {"one": ("--independent",), "other": ("--ignore", "layers[.][01][.]"), "usual": ()}.items():
+        files[name] = tmp_path / f"{name}.qtm"
+        assert run_qtool("compress", tiny_files.model("llama"), "-o", files[name], *options, *own).exit_code == 0
+    errors = {
+        name: {
+            t["name"]: t["relative_error"] for t in qtool_json("inspect", file)["tensors"] if "layers.2" in t["name"]
+        }
+        for name, file in files.items()
+    }
+    assert errors["one"] == errors["other"] != errors["usual"]
+    verified = ("verify", files["one"], "--against", tiny_files.model("llama"), "--calibration", tiny_files.text)
+    assert qtool_json(*verified)["ok"]
