@@ -4,8 +4,8 @@
 
 Values are drawn independently, -1 and 1 alike. "matched" is the dictionary of the very shares, "chosen" that which the
 writer chooses; "words" are what the numeral systems' streams take, "all" counts a row's states and the blocks' places
-besides. The two scales of a row are counted nowhere: 32 bits a row. Speeds are of one core, million weights a second, the
-best of a few runs: encoding to a section's parts, decoding stripes to float32 as a product on the CPU does, and
+besides. The two scales of a row are counted nowhere: 32 bits a row. Speeds are of one core in million weights a second,
+the best of a few runs: encoding to a section's parts, decoding stripes to float32 as a product on the CPU does, and
 checking what a reader checks first.
 """
 
