@@ -50,6 +50,7 @@ bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the
 	$(BIN)/python -m benchmarks.memory --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.quality --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.hostile
+	$(BIN)/python -m benchmarks.ternary
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.kernel_sweep
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import Limits, print_table
-from formats.encoding import Codebook, Int8Rows, MatrixEncoding, Trellis, Uniform
+from formats.encoding import Codebook, Int8Rows, MatrixEncoding, TernaryDict, TernaryRans, Trellis, Uniform
 
 TABLE = Path(__file__).with_name("kernels.json")
 # By capability: bytes of shared memory that one program can have (CUDA programming guide, table of capabilities).
@@ -39,6 +39,10 @@ SPQR = _uniform(3, group_size=16, stat_bits=3, stat_rows=16, outliers=80_000)
 NF4 = Codebook(bits=4, group_size=64, levels="nf4", double_quant=True)
 FITTED = Codebook(bits=3, group_size=64, levels="fitted")
 TRELLIS = Trellis(bits=3, memory=9, run=256, group_size=128, input_scales=True)
+TERNARY = {
+    "ternary, dictionary": TernaryDict(share_low=20, share_high=20, codewords=770_000, input_scales=True),
+    "ternary, rANS": TernaryRans(segment=4100, words=660_000, input_scales=True),
+}
 FEW = {
     **{f"{bits} bits": _uniform(bits) for bits in range(2, 9)},
     "SpQR, 3 bits": SPQR,
@@ -57,6 +61,9 @@ CASES: dict[str, tuple[MatrixEncoding, int]] = {
     **{
         f"{name}, rows": (FEW[name], ROWS) for name in ("4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits")
     },
+    **{f"{name}, {n} token{'s' * (n > 1)}": (TERNARY[name], n) for name in TERNARY for n in (1, 8)},
+    **{f"{name}, {what}": (TERNARY[name], n) for name in TERNARY for what, n in (("decode", 0), ("rows", ROWS))},
+    "ternary, rANS, segments, 1 token": (TernaryRans(segment=1370, words=660_000), 1),
     "symmetric, odd, 1 token": (Uniform(bits=4, group_size=24, symmetric=True), ODD),
     "FP4, two levels, odd, 1 token": (Codebook(bits=4, group_size=30, levels="fp4", stat_bits=4, stat_rows=8), ODD),
 }

@@ -16,7 +16,7 @@ from formats.embedded import GENERATION_CONFIG, generation_config, model_config,
 from formats.encoding import Dense, MatrixEncoding
 from formats.errors import FormatError, KernelError, error_context
 from formats.header import TensorEntry
-from formats.kernels.layout import layout_of
+from formats.kernels.layout import is_ternary, layout_of
 from formats.modules import QuantLinear, owner_of, put_section, takes_sections
 from formats.placement import Placement, Sizes, block_of
 from formats.reader import QtmFile
@@ -121,7 +121,7 @@ class _Builder:
     def _stays_packed(self, module: nn.Module, name: str, entry: TensorEntry, device: torch.device) -> bool:
         if not isinstance(entry.encoding, MatrixEncoding) or not takes_sections(module, name):
             return False
-        if device.type != "cpu":
+        if device.type != "cpu" and not is_ternary(entry.encoding):
             try:
                 layout_of(entry.encoding, entry.shape)
             except KernelError:

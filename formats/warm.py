@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from formats.device import default_dtype
-from formats.encoding import MatrixEncoding, Shape
+from formats.encoding import INPUT_SCALES, MatrixEncoding, Shape
 from formats.errors import KernelError
 from formats.header import TensorEntry
-from formats.kernels.layout import layout_of
+from formats.kernels.layout import is_ternary, layout_of
 from formats.reader import QtmFile
 from formats.tensors import section_tensor
 from formats.upload import Uploader
@@ -39,7 +39,11 @@ def kinds_of(file: QtmFile) -> list[TensorEntry]:
     """One tensor of each kind that shares its kernels and blocks."""
     kinds: dict[Any, TensorEntry] = {}
     for entry in file.tensors.values():
-        if isinstance(entry.encoding, MatrixEncoding):
+        if is_ternary(entry.encoding):
+            scaled = INPUT_SCALES in (part.name for part in entry.encoding.parts(entry.shape))
+            segment = min(getattr(entry.encoding, "segment", 0), entry.shape[1])
+            kinds.setdefault((entry.encoding.name, segment, scaled, entry.shape), entry)
+        elif isinstance(entry.encoding, MatrixEncoding):
             try:
                 layout, _ = layout_of(entry.encoding, entry.shape)
             except KernelError:
@@ -65,16 +69,34 @@ def _warm(
     from triton.testing import do_bench
 
     from formats.kernels import triton_launch, tuning
-    from formats.kernels.blocks import FEW_TOKENS
 
     is_real, time = time is None, time or do_bench
     encoding, shape = entry.encoding, entry.shape
     assert isinstance(encoding, MatrixEncoding)
     section = Uploader(device).put(section_tensor(file, entry))
-    layout, _ = layout_of(encoding, shape)
     dtype = default_dtype(device)
     triton_launch.decode_rows(section, torch.zeros(1, dtype=torch.int64, device=device), encoding, shape)
     triton_launch.decode(section, encoding, shape, dtype)
+    if not is_ternary(encoding):  # no blocks of theirs are chosen
+        yield from _tuned(section, encoding, shape, device, tokens, time)
+    for n_tokens in tuning.CLASSES if is_real else ():  # whatever number comes, its kernel is compiled
+        triton_launch.multiply(torch.ones((n_tokens, shape[1]), dtype=dtype, device=device), section, encoding, shape)
+
+
+def _tuned(
+    section: Tensor,
+    encoding: MatrixEncoding,
+    shape: Shape,
+    device: torch.device,
+    tokens: Sequence[int],
+    time: Timer,
+) -> Iterator[Warmed]:
+    """Each number of tokens with the blocks that are fastest."""
+    from formats.kernels import triton_launch, tuning
+    from formats.kernels.blocks import FEW_TOKENS
+
+    layout, _ = layout_of(encoding, shape)
+    dtype = default_dtype(device)
     for n_tokens in tokens:
         x = torch.ones((n_tokens, shape[1]), dtype=dtype, device=device)
         with triton_launch.on_device_of(x):
@@ -96,5 +118,3 @@ def _warm(
             milliseconds=found[best],
             untried_milliseconds=found[untried],
         )
-    for n_tokens in tuning.CLASSES if is_real else ():  # whatever number comes, its kernel is compiled
-        triton_launch.multiply(torch.ones((n_tokens, shape[1]), dtype=dtype, device=device), section, encoding, shape)

@@ -6,7 +6,18 @@ import functools
 import math
 from typing import NamedTuple
 
-from formats.encoding import INPUT_SCALES, Codebook, Int8Rows, MatrixEncoding, Shape, Trellis, Uniform
+from formats.encoding import (
+    INPUT_SCALES,
+    Codebook,
+    Encoding,
+    Int8Rows,
+    MatrixEncoding,
+    Shape,
+    TernaryDict,
+    TernaryRans,
+    Trellis,
+    Uniform,
+)
 from formats.encoding.codebook import FITTED
 from formats.encoding.outliers import column_dtype
 from formats.encoding.planes import WORD_BITS, row_words
@@ -105,6 +116,11 @@ def layout_of(encoding: MatrixEncoding, shape: Shape) -> tuple[Layout, tuple[int
         at_outliers=at("outlier_rows"),
     )
     return layout, tuple(part.offset_bytes for part in encoding.parts(shape))
+
+
+def is_ternary(encoding: Encoding) -> bool:
+    """Whether its kernels are those of `ternary_launch`, which need no layout."""
+    return isinstance(encoding, TernaryDict | TernaryRans)
 
 
 def constants() -> list[float]:

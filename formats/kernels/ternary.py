@@ -19,8 +19,8 @@ I8 = npt.NDArray[np.int8]
 SAMPLE_VALUES = 1 << 18
 WIDENINGS = (1.0, 1.1, 1.2, 1.3, 1.4)
 """Of the shares of -1 and +1, tried on a sample: behind a phrase that ended early, what comes next is not a zero."""
-LANE_BITS = 1600
-"""Of a segment's values at least: a state costs 16 bits more than it holds, which is to be one percent."""
+LANE_BITS = 2400
+"""Of a segment's values at least: a state costs 24 bits more than it holds, which is to be one percent."""
 
 
 class Stream(NamedTuple):

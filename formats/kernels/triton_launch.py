@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
+from formats.kernels import ternary_launch
 from formats.kernels.blocks import FEW_TOKENS, Blocks
-from formats.kernels.layout import constants, layout_of
+from formats.kernels.layout import constants, is_ternary, layout_of
 from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
 from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
 from formats.kernels.triton_rows import add_splits, multiply_rows
@@ -38,8 +39,10 @@ def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape)
         if x.dtype not in DTYPES:
             _warn_of(x.dtype)
             return x @ decode(section, encoding, shape, torch.float32).to(x.dtype).T
-        if len(x) > FEW_TOKENS and not has_tiles():
+        if len(x) > FEW_TOKENS and (is_ternary(encoding) or not has_tiles()):
             return x @ decode(section, encoding, shape, x.dtype).T
+        if is_ternary(encoding):
+            return ternary_launch.multiply(x, section, encoding, shape)
         return multiply_with(x, section, encoding, shape)
 
 
@@ -81,9 +84,12 @@ def multiply_with(
 def decode_rows(section: Tensor, rows: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
     """See `Kernels`."""
     torch._assert_async(((rows >= 0) & (rows < shape[0])).all())
-    layout, offsets = layout_of(encoding, shape)
     weight = torch.empty((len(rows), shape[1]), device=section.device)
-    if len(rows):
+    if len(rows) and is_ternary(encoding):
+        with on_device_of(section):
+            ternary_launch.decode(section, rows, encoding, shape, weight)
+    elif len(rows):
+        layout, offsets = layout_of(encoding, shape)
         options = {"L": layout, "enable_fp_fusion": False}
         arguments = (section, _constants(section.device), rows, weight, offsets, len(rows))
         grid = triton.cdiv(len(rows), DECODED_ROWS[0]), triton.cdiv(shape[1], DECODED_ROWS[1])
@@ -95,9 +101,13 @@ def decode_rows(section: Tensor, rows: Tensor, encoding: MatrixEncoding, shape: 
 
 def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch.dtype) -> Tensor:
     """See `Kernels`."""
+    weight = torch.empty(shape, dtype=dtype, device=section.device)
+    if is_ternary(encoding):
+        with on_device_of(section):
+            ternary_launch.decode(section, None, encoding, shape, weight)
+        return weight
     layout, offsets = layout_of(encoding, shape)
     constants = _constants(section.device)
-    weight = torch.empty(shape, dtype=dtype, device=section.device)
     grid = triton.cdiv(shape[0], DECODED[0]), triton.cdiv(shape[1], DECODED[1])
     exact = {"L": layout, "enable_fp_fusion": False}
     with on_device_of(section):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from format_samples import make_layer
-from layer_samples import make_codebook, make_int8, make_spqr, make_trellis, with_outliers
+from layer_samples import make_codebook, make_int8, make_spqr, make_ternary, make_trellis, with_outliers
 
 from formats.encoding import encoding_of
 from formats.kernels.layout import layout_of
@@ -53,6 +53,10 @@ ENCODINGS = {
     "trellis 1 bit": lambda n, k: make_trellis(n, k, 1, 16, memory=5),
     "trellis 3 bits": lambda n, k: make_trellis(n, k, 3, 128, memory=9, scaled=True),
     "trellis 6 bits": lambda n, k: make_trellis(n, k, 6, 32, memory=2, statistics="two_level"),
+    "ternary, few values": lambda n, k: make_ternary(n, k, 15, scaled=True),
+    "ternary, many values": lambda n, k: make_ternary(n, k, 2),
+    "ternary by rANS, few values": lambda n, k: make_ternary(n, k, 15, "ternary_rans", scaled=True),
+    "ternary by rANS, many values": lambda n, k: make_ternary(n, k, 3, "ternary_rans"),
     "outliers, trellis": lambda n, k: with_outliers(make_trellis(n, k, 2, 64, memory=7, scaled=True), every=9),
     "outliers": lambda n, k: with_outliers(make_layer(n, k, 3, 16, scaled=True), every=9),
     "outliers, two levels": lambda n, k: with_outliers(make_spqr(n, k, 3, 16), every=50),
@@ -190,6 +194,28 @@ def test_small_whole_numbers_come_out_exactly_one_part_at_a_time(part, m):
     assert want.abs().max() > 0
     for dtype in (torch.float32, torch.float16):
         assert torch.equal(Packed(layer).multiply(x.to(dtype)), want.to(dtype))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ternary_rows_of_several_segments(scaled, monkeypatch):
+    monkeypatch.setattr("formats.kernels.ternary.LANE_BITS", 20)
+    layer = make_ternary(34, 127, 3, "ternary_rans", scaled)
+    packed, weight = Packed(layer), torch.from_numpy(layer.dequantize())
+    assert -(-127 // packed.encoding.segment) > 1 and 127 % packed.encoding.segment > 0
+    assert torch.equal(packed.decode(), weight)
+    assert torch.equal(packed.decode_rows(33, 0, 33), weight[[33, 0, 33]])
+    x = activations(3, 127, torch.float32)
+    torch.testing.assert_close(packed.multiply(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("coding", ["ternary_dict", "ternary_rans"])
+def test_small_whole_numbers_come_out_of_ternary_kernels_exactly(coding):
+    layer = replace(make_ternary(34, 127, 4, coding), scales=np.tile(np.float16([-3, 2]), (34, 1)))
+    weight = torch.from_numpy(layer.dequantize())
+    for m in (1, 5, 8):
+        x = torch.from_numpy((counts(5, m, 127) - 2).astype(np.float32))
+        for dtype in (torch.float32, torch.float16):
+            assert torch.equal(Packed(layer).multiply(x.to(dtype)), (x @ weight.T).to(dtype))
 
 
 def test_a_trellis_of_many_words_begins_anew_at_every_run():
