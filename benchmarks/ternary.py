@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.tools import Limits, print_table
 from formats.encoding import encoding_of
+from formats.encoding.ternary_dict import SHARES
 from formats.kernels import ternary
 from formats.kernels.cpu_linear import MAX_DECODED_ELEMENTS, hold
 from formats.layer import TernaryLinear
@@ -64,8 +65,8 @@ def main() -> None:
 def measure(zeros: float, known: float | None, size: int, repeats: int, limits: Limits) -> list[str]:
     """One row of the table, its promises remembered."""
     codes = drawn(zeros, size)
-    lows, highs = (int((codes == value).sum()) for value in (-1, 1))
-    matched = 16 * len(ternary._codewords(codes, *ternary._shares(lows, highs, codes.size, 1.0))[0]) / codes.size
+    share = round(SHARES * (1 - zeros) / 2)
+    matched = 16 * len(ternary.codewords_of(codes, share, share)[0]) / codes.size
     chosen, speeds = 0.0, []
     words = whole = 0.0
     for coding in ternary.ENCODERS:

@@ -15,6 +15,7 @@ from formats.preamble import OLDEST_VERSION, PREAMBLE_BYTES
 from formats.strict_json import JsonCursor, as_integer, as_list, as_object, as_text, brief
 
 SECTION_ALIGNMENT = 256
+MAX_DICTIONARIES = 32
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**48
 MAX_TENSOR_NAME_BYTES = 1024
@@ -130,6 +131,7 @@ def _parse_header(cursor: JsonCursor, header_offset: int) -> Header:
     _check_members(members, _HEADER_MEMBERS, _HEADER_MEMBERS)
     header = Header(**members)
     check_unique(header.tensors)
+    check_dictionaries(header.tensors)
     check_unique(header.files)
     _check_tiling(header.sections(), header_offset)
     return header
@@ -142,6 +144,13 @@ def check_unique(entries: Iterable[Section]) -> None:
         if entry.name in seen:
             raise FormatError(f"{entry.label}: the name stands twice (SPEC 5.2, 6.2)")
         seen.add(entry.name)
+
+
+def check_dictionaries(tensors: Iterable[TensorEntry]) -> None:
+    """FormatError for a file whose tensors need more tables than it is worth to make (SPEC 7.15.6)."""
+    needed = {entry.encoding.dictionary for entry in tensors} - {None}
+    if len(needed) > MAX_DICTIONARIES:
+        raise FormatError(f"{len(needed)} dictionaries: at most {MAX_DICTIONARIES} in a file (SPEC 7.15.6)")
 
 
 def check_tensor_name(name: str) -> None:

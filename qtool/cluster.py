@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version
 from types import TracebackType
@@ -17,6 +21,7 @@ from qtool.errors import ConfigError
 from qtool.numerics import exact_float32
 from qtool.solve import Solved, Work, solve
 
+CONNECT_SECONDS = 5
 RETRIES = 3
 """Of work whose worker dies; an error of its own is told at once."""
 
@@ -37,25 +42,45 @@ class RayCluster:
         self.workers = 1
 
     def __enter__(self) -> RayCluster:
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(sys.stderr))  # where Ray says that a worker died; results go to stdout
+            self._connect()
+            self._stack = stack.pop_all()
+        return self
+
+    def _connect(self) -> None:
         self._is_own = not self._ray.is_initialized()
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of work that nobody waits for after an error
+        self._check_reachable()
         options: dict[str, Any] = {"include_dashboard": False} if self._address == "local" else {}
         try:
             if self._is_own:
                 self._ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            raise ConfigError(
-                f"--cluster {self._address}: cannot be reached: {str(error).splitlines()[0]}; start it by ray start"
-            ) from error
+        except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:
+            raise self._unreachable(error) from error
         self.workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._threads)
         remote = self._ray.remote(max_retries=RETRIES, num_cpus=self._threads, retry_exceptions=False)
         self._remote = remote(_solve_there)
-        return self
+
+    def _check_reachable(self) -> None:
+        """Ray itself takes minutes to say that nobody is there."""
+        host, separator, port = self._address.removeprefix("ray://").rpartition(":")
+        if separator and port.isdigit():
+            try:
+                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            except (OSError, OverflowError) as error:
+                raise self._unreachable(error) from error
+
+    def _unreachable(self, error: BaseException) -> ConfigError:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return ConfigError(f"--cluster {self._address}: cannot be reached ({reason}); start it by ray start")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_own:
-            self._ray.shutdown()
+        with self._stack:
+            if self._is_own:
+                self._ray.shutdown()
 
     def start(self, works: Iterable[Work]) -> Iterator[Solved]:
         """As `Solver.start`; all work is sent before anything is taken: what cannot be kept in memory, Ray spills."""

@@ -160,6 +160,9 @@ def check_header(header: Any) -> None:
     for kind, paragraph in (("tensors", "5.2"), ("files", "6.2")):
         names = [entry["name"] for entry in header[kind]]
         must(len(set(names)) == len(names), paragraph, f"a name stands twice among the {kind}")
+    by_phrases = [entry for entry in header["tensors"] if entry["encoding"] == "ternary_dict"]
+    dictionaries = {(entry["share_low"], entry["share_high"]) for entry in by_phrases}
+    must(len(dictionaries) <= 32, "7.15.6", f"{len(dictionaries)} dictionaries")
 
 
 def check_fields(where: str, entry: Any, required: dict[str, Any], optional: dict[str, Any]) -> None:

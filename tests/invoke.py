@@ -34,7 +34,7 @@ def refusal(*args: object) -> str:
     result = run_qtool(*args)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
-    assert result.stdout == ""
+    assert result.stdout == "", result.stdout
     (line,) = result.stderr.splitlines()
     assert line.startswith("Error: ")
     return line.removeprefix("Error: ")

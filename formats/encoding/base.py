@@ -91,6 +91,11 @@ class Encoding(ABC):
     def check_unused_bits(self, arrays: Arrays, shape: Shape) -> None:
         """FormatError for a bit set that means nothing (SPEC 7.4.4): what a reader checks when it verifies."""
 
+    @property
+    def dictionary(self) -> tuple[int, ...] | None:
+        """What a large table is made by that a reader needs, if it needs one (SPEC 7.15.6)."""
+        return None
+
     def fields(self) -> dict[str, Any]:
         """The members that this encoding puts in a tensor's entry (SPEC 5.1)."""
         own = dataclasses.fields(self)  # type: ignore[arg-type]

@@ -39,6 +39,10 @@ class TernaryDict(TernaryEncoding):
     def has_input_scales(self) -> bool:
         return self.input_scales
 
+    @property
+    def dictionary(self) -> tuple[int, ...]:
+        return self.share_low, self.share_high
+
     def stream_bits(self, shape: Shape) -> int:
         return 16 * self.codewords
 

@@ -17,8 +17,10 @@ from formats.ternary import fitted_frequencies, longer_phrases, phrases, symbol_
 
 I8 = npt.NDArray[np.int8]
 SAMPLE_VALUES = 1 << 18
-WIDENINGS = (1.0, 1.1, 1.2, 1.3, 1.4)
-"""Of the shares of -1 and +1, tried on a sample: behind a phrase that ended early, what comes next is not a zero."""
+USUAL_SHARES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 48, 54, 61, 68, 76, 85)
+"""Of -1 and of +1, in 256: a table takes half a megabyte and some time to make, and a file has few (SPEC 7.15.6)."""
+WIDER = 4
+"""So many larger shares are tried on a sample: behind a phrase that ended early, what comes next is not a zero."""
 LANE_BITS = 2400
 """Of a segment's values at least: a state costs 24 bits more than it holds, which is to be one percent."""
 
@@ -36,30 +38,23 @@ class Stream(NamedTuple):
 def encode_dict(codes: I8) -> Stream:
     """SPEC 7.15, with the dictionary that takes the fewest codewords for a sample.  codes: [out, in] i8"""
     low, high = choose_shares(codes)
-    codewords, offsets = _codewords(codes, low, high)
+    codewords, offsets = codewords_of(codes, low, high)
     fields = {"share_low": low, "share_high": high, "codewords": len(codewords)}
     return Stream(fields, {"codewords": codewords, "codeword_rows": offsets})
 
 
 def choose_shares(codes: I8) -> tuple[int, int]:
-    """The shares (in 256) of -1 and +1, of those that were tried."""
+    """The shares (in 256) of -1 and +1, alike, of those that were tried."""
+    nonzero = int(np.count_nonzero(codes))
+    likely = int(np.searchsorted(USUAL_SHARES, SHARES * nonzero / (2 * codes.size)))
     sample = codes[:: max(1, codes.size // SAMPLE_VALUES)]
-    lows, highs = int(np.count_nonzero(codes < 0)), int(np.count_nonzero(codes > 0))
-    tried = dict.fromkeys(_shares(lows, highs, codes.size, widening) for widening in WIDENINGS)
-    if len(tried) == 1:
-        return next(iter(tried))
-    return min(tried, key=lambda shares: len(_codewords(sample, *shares)[0]))
+    tried = USUAL_SHARES[max(0, likely - 1) : likely + WIDER]
+    best = min(tried, key=lambda share: len(codewords_of(sample, share, share)[0]))
+    return best, best
 
 
-def _shares(lows: int, highs: int, n: int, widening: float) -> tuple[int, int]:
-    """Each 1 at least, and 1 left for zeros."""
-    low, high = (max(1, round(SHARES * count * widening / n)) for count in (lows, highs))
-    excess = max(0, low + high - (SHARES - 1))
-    taken = round(excess * low / (low + high))
-    return low - taken, high - (excess - taken)
-
-
-def _codewords(codes: I8, low: int, high: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
+def codewords_of(codes: I8, low: int, high: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
+    """Codes [out, in] i8 in the dictionary of these shares: codewords [n], and where each row's begin [out + 1]."""
     found = np.empty(len(codes) * -(-codes.shape[1] // 2), np.uint16)
     offsets = np.empty(len(codes) + 1, np.uint32)
     n = ternary_dict.encode(np.ascontiguousarray(codes), longer_phrases(low, high), found, offsets)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import json
 import operator
 import re
 import sys
@@ -24,7 +25,11 @@ from invoke import python
 from layer_samples import LAYERS
 from test_house import imported_packages
 
-from formats.layer import QuantizedLinear
+from formats.errors import FormatError
+from formats.layer import QuantizedLinear, TernaryLinear
+from formats.preamble import build_preamble
+from formats.reader import QtmFile
+from formats.section import pack
 
 ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "formats" / "SPEC.md"
@@ -218,6 +223,29 @@ def test_spec_4_1_1_both_readers_count_sections():
     assert both_read(claim(empty, header))
     header["files"].append({"name": "one more", **entry})
     assert not both_read(claim(empty, header))
+
+
+def test_spec_7_15_6_both_readers_count_dictionaries():
+    """Of tensors of one value, whose one codeword is in every dictionary."""
+
+    def file(n: int) -> bytes:
+        layer = TernaryLinear(codes=np.zeros((1, 1), np.int8), scales=np.zeros((1, 2), np.float16))
+        section = pack(layer)
+        tensors = []
+        data = bytearray()
+        for i in range(n):
+            fields = layer.encoding.fields() | {"share_low": 1 + i, "share_high": 1}
+            place = {"offset": 256 * (1 + i), "bytes": len(section), "sha256": hashlib.sha256(section).hexdigest()}
+            tensors.append({"name": f"{i}", "shape": [1, 1], **fields, **place})
+            data += bytes(section).ljust(256, b"\0")
+        free = {name: {} for name in ("model", "provenance", "quality", "recipe")}
+        header = json.dumps({"tensors": tensors, "files": [], **free}).encode()
+        return build_preamble(256 * (1 + n), header, (1, 2)).ljust(256, b"\0") + bytes(data) + header
+
+    assert both_read(file(32))
+    assert not both_read(file(33))
+    with pytest.raises(FormatError, match=r"33 dictionaries: at most 32 in a file \(SPEC 7\.15\.6\)"):
+        QtmFile(file(33), "x.qtm")
 
 
 @pytest.mark.parametrize("integer", ["256.0", "2.56e2", "256e0", '"256"', "-256", "0256"])
