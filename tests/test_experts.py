@@ -235,7 +235,7 @@ def test_numbers_beyond_the_last_expert_stand_for_none():
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, monkeypatch):
-    from qtool import pipeline
+    from qtool import run
 
     options = tiny_files.compress_options(*SOME)
     command = ["compress", tiny_files.model("qwen2_moe"), "-o", output, *options]
@@ -247,8 +247,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, 
             raise KeyboardInterrupt
         return real(model, index, states)
 
-    real = pipeline.advance
-    monkeypatch.setattr(pipeline, "advance", advance)
+    real = run.advance
+    monkeypatch.setattr(run, "advance", advance)
     assert run_qtool(*command).exit_code != 0
     again = run_qtool(*command)
     assert again.exit_code == 0, again.output

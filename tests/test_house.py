@@ -82,7 +82,7 @@ def test_stages_do_not_know_the_command_line():
 def test_every_dependency_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["gguf"], *extras["cuda"]]
+    requirements = [*project["dependencies"], *extras["gguf"], *extras["cuda"], *extras["cluster"]]
     declared = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in requirements}
     through = {"pyarrow": "datasets"}  # pyarrow comes with datasets, whose reader it is
     for package in PACKAGES:

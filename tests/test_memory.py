@@ -94,7 +94,7 @@ def test_less_memory_makes_smaller_batches(tiny_files, monkeypatch):
 def test_smaller_batches_are_another_run(command, monkeypatch):
     """They round differently: a journal of the one is not gone on with by the other."""
     with monkeypatch.context() as patched:
-        patched.setattr(qtool.pipeline._Run, "_block", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(qtool.run.Run, "_block", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert "0 of 3 blocks are kept" in refusal(*command)
     monkeypatch.setattr(qtool.states, "TOKENS_PER_BATCH", 64)
     assert "holds another run (windows_per_batch (by --max-memory) is 1, was 16)" in refusal(*command)

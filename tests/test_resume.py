@@ -15,6 +15,7 @@ from invoke import environment, refusal, run_qtool
 import formats.writer
 import qtool.commands
 import qtool.pipeline
+import qtool.run
 
 N_BLOCKS = 3
 
@@ -100,8 +101,8 @@ def test_interrupted_before_anything_is_done_leaves_nothing(monkeypatch, command
 def test_a_resumed_run_does_no_block_twice(monkeypatch, command):
     interrupt(monkeypatch, command, n_steps=3)
     run = []
-    block = qtool.pipeline._Run._block
-    monkeypatch.setattr(qtool.pipeline._Run, "_block", lambda self, i, *args: (run.append(i), block(self, i, *args)))
+    block = qtool.run.Run._block
+    monkeypatch.setattr(qtool.run.Run, "_block", lambda self, i, *args: (run.append(i), block(self, i, *args)))
     assert run_qtool(*command).exit_code == 0
     assert run == [2]
 
