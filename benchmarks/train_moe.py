@@ -1,10 +1,10 @@
 """Train a small mixture of experts on Python's own documentation: a model whose experts have learned something.
 
-    python -m benchmarks.train_moe build/moe [--minutes 18]
+    python -m benchmarks.train_moe build/moe [--minutes 19]
 
 Mixtral's layout: 2 blocks of 4 experts of 512 x 1024, two for each token, 16 million parameters: rows long enough that
-what is stored for each of them weighs little. The text is what
-`--calibration builtin` is drawn from; what `eval perplexity` measures on is held back. Stops when the time is up.
+what is stored for each of them weighs little. The text is what `--calibration builtin` is drawn from; what `eval
+perplexity` measures on is held back. Stops when the time is up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def config() -> MixtralConfig:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path)
-    options.add_argument("--minutes", type=float, default=18)
+    options.add_argument("--minutes", type=float, default=19)
     args = options.parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(0)
