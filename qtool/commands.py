@@ -28,6 +28,7 @@ from qtool.verify import verify_against
 TROUBLE = {
     "harder_damped": "damped harder",
     "dropped_tokens": "left out tokens that overflow",
+    "rounded": "rounded to nearest: its Hessian cannot be factored",
     "uncalibrated": "saw no calibration token",
 }
 

@@ -10,26 +10,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from qtool.gptq import BLOCK_SIZE, Factor, Solution, factorize, finished, fit_layer, gptq_quantize, groups_of
-from qtool.grid import Grid
+from qtool.errors import QuantizeError
+from qtool.gptq import (
+    BLOCK_SIZE,
+    Factor,
+    Solution,
+    factorize,
+    finished,
+    fit_layer,
+    gptq_quantize,
+    groups_of,
+    rtn_quantize,
+)
+from qtool.grid import Grid, UniformGrid
 from qtool.recipe import QuantSpec
+from qtool.ternary import TernaryGrid
 
 MAX_ELEMENTS = 1 << 23
 """Weights solved at a time; more would not be faster."""
+GRIDS: dict[str, type[UniformGrid] | type[TernaryGrid]] = {"int": UniformGrid, "ternary": TernaryGrid}
+"""Those of which columns of different layers can be rounded at a time; layers in other formats are solved in turn."""
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
 def gptq_quantize_all(
     weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec, names: Sequence[str]
-) -> Iterator[tuple[Solution, Factor]]:
-    """As `factorize` and `gptq_quantize` for each weight [out, in] f32, all of one shape, with its own statistics."""
+) -> Iterator[tuple[Solution, Factor | None]]:
+    """As `factorize` and `gptq_quantize` for each weight [out, in] f32, all of one shape, with its own statistics.
+
+    One whose Hessian cannot be factored is rounded to nearest, and has no factor: QMoE's identity.
+    """
     together = max(1, MAX_ELEMENTS // weights[0].numel())
     for start in range(0, len(weights), together):
         part = slice(start, start + together)
@@ -38,25 +55,37 @@ def gptq_quantize_all(
 
 def _solve(
     weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec, names: Sequence[str]
-) -> list[tuple[Solution, Factor]]:
-    def prepare(layer: tuple[Tensor, LayerStats, str]) -> tuple[Factor, Grid | None]:
-        weight, own, name = layer
-        factor = factorize(own, [weight], spec, name)
-        return factor, None if spec.keeps_outliers else fit_layer(weight, factor, spec)[0]
+) -> list[tuple[Solution, Factor | None]]:
+    factors = _side_by_side(lambda layer: _factor(*layer, spec), list(zip(weights, stats, names, strict=True)))
+    solved = iter(_factored([(w, f) for w, f in zip(weights, factors, strict=True) if f is not None], spec))
+    return [
+        (next(solved), factor) if factor is not None else (rtn_quantize(weight, spec, own), None)
+        for weight, own, factor in zip(weights, stats, factors, strict=True)
+    ]
 
-    made = _side_by_side(prepare, list(zip(weights, stats, names, strict=True)))
-    factors, grids = [factor for factor, _ in made], [grid for _, grid in made if grid is not None]
-    grid = type(grids[0]).together(grids) if grids else None
-    if grid is None or len(weights) == 1:
-        return [(gptq_quantize(w, factor, spec), factor) for w, factor in zip(weights, factors, strict=True)]
-    codes, decoded = round_columns(weights, factors, grid, spec)
+
+def _factor(weight: Tensor, stats: LayerStats, name: str, spec: QuantSpec) -> Factor | None:
+    try:
+        return factorize(stats, [weight], spec, name)
+    except QuantizeError:
+        return None
+
+
+def _factored(layers: Sequence[tuple[Tensor, Factor]], spec: QuantSpec) -> list[Solution]:
+    """The solutions of layers whose Hessians are factored."""
+    kind = GRIDS.get(spec.format)
+    if kind is None or spec.keeps_outliers or len(layers) < 2:
+        return [gptq_quantize(weight, factor, spec) for weight, factor in layers]
+    grids: list[Any] = _side_by_side(lambda layer: fit_layer(*layer, spec)[0], layers)
+    grid = kind.together(grids)
+    codes, decoded = round_columns([w for w, _ in layers], [factor for _, factor in layers], grid, spec)
 
     def finish(index: int) -> Solution:
-        factor = factors[index]
+        weight, factor = layers[index]
         metric = factor.damped, factor.damping
-        return finished(weights[index], codes[index].numpy(), decoded[index], grids[index], spec, factor, metric)
+        return finished(weight, codes[index].numpy(), decoded[index], grids[index], spec, factor, metric)
 
-    return list(zip(_side_by_side(finish, range(len(weights))), factors, strict=True))
+    return _side_by_side(finish, range(len(layers)))
 
 
 def round_columns(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,14 +61,6 @@ class Grid(ABC):
     ) -> Layer:
         """The layer as the file will hold it, from codes [out, in] u8."""
 
-    @classmethod
-    def together(cls, grids: Sequence[Any]) -> Grid | None:
-        """One grid with the groups of all, one layer's behind the other's, to quantize layers of one shape together.
-
-        None where columns of different layers cannot be rounded at a time.
-        """
-        return None
-
 
 @dataclass(frozen=True, eq=False)
 class UniformGrid(Grid):
@@ -86,6 +77,7 @@ class UniformGrid(Grid):
 
     @classmethod
     def together(cls, grids: Sequence[UniformGrid]) -> UniformGrid:
+        """One grid with the groups of all, one layer's behind the other's."""
         scales, zeros = (torch.cat(parts) for parts in zip(*((g.scales, g.zeros) for g in grids), strict=True))
         return UniformGrid(scales, zeros, grids[0].bits, grids[0].symmetric)
 

@@ -85,7 +85,11 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("calibration", _describe_calibration(calibration)),
         ("relative error", f"{found['quality'].get('mean_relative_error', 0):.3e} on average"),
     ]
-    for key, text in (("harder_damped", "damped harder"), ("uncalibrated", "saw no calibration token")):
+    for key, text in (
+        ("harder_damped", "damped harder"),
+        ("rounded", "rounded to nearest: its Hessian cannot be factored"),
+        ("uncalibrated", "saw no calibration token"),
+    ):
         lines += [("warning", f"{name} {text}") for name in found["quality"].get(key, ())]
     dropped = found["quality"].get("dropped_tokens", {})
     lines += [("warning", f"{name}: {n} tokens with NaN or infinity left out") for name, n in dropped.items()]

@@ -232,6 +232,8 @@ class Run:
             self.report.zeros[tensor.name] = share_of_zeros(solution.layer)
         if stats is None and tensor.spec.method != "rtn":
             self.report.uncalibrated.append(tensor.name)
+        if stats is not None and tensor.spec.method == "gptq" and solved.percdamp is None:
+            self.report.rounded.append(tensor.name)
         if stats is not None and stats.n_dropped:
             self.report.dropped_tokens[tensor.name] = stats.n_dropped
         if solved.percdamp is not None and solved.percdamp > tensor.spec.percdamp:

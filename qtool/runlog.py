@@ -29,6 +29,7 @@ class RunReport:
     experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     zeros: dict[str, float] = field(default_factory=dict)  # ternary layer -> share of its weights
     uncalibrated: list[str] = field(default_factory=list)  # layers no token reached, rounded to nearest
+    rounded: list[str] = field(default_factory=list)  # experts' layers whose Hessian cannot be factored
     seconds: float = 0.0
 
     @classmethod
@@ -42,6 +43,7 @@ class RunReport:
             report.experts |= step["experts"]
             report.zeros |= step["zeros"]
             report.uncalibrated += step["uncalibrated"]
+            report.rounded += step["rounded"]
         return report
 
     def quality(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class RunReport:
             "harder_damped": self.harder_damped,
             "dropped_tokens": self.dropped_tokens,
             "uncalibrated": self.uncalibrated,
+            "rounded": self.rounded,
         } | ({"experts": self._experts()} if self.experts or self.zeros else {})
 
     def _experts(self) -> dict[str, dict[str, list[Any]]]:

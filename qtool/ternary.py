@@ -39,6 +39,7 @@ class TernaryGrid(Grid):
 
     @classmethod
     def together(cls, grids: Sequence[TernaryGrid]) -> TernaryGrid:
+        """One grid with the rows' values of all, one layer's behind the other's."""
         return TernaryGrid(*(torch.cat(parts) for parts in zip(*((g.low, g.high) for g in grids), strict=True)))
 
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:

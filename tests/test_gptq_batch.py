@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from calibration.hessian import LayerStats
 from qtool import gptq_batch
-from qtool.errors import QuantizeError
-from qtool.gptq import factorize, gptq_quantize
+from qtool.gptq import factorize, gptq_quantize, rtn_quantize
 from qtool.gptq_batch import gptq_quantize_all
 from qtool.recipe import QuantSpec
 
@@ -60,8 +59,13 @@ def test_the_layers_are_taken_in_parts(monkeypatch):
     assert_alike(*layers(5, 24, 72), QuantSpec(group_size=16))
 
 
-def test_one_that_cannot_be_factored_is_named():
+def test_one_that_cannot_be_factored_is_rounded_and_the_others_are_not():
     weights, stats = layers(3, 8, 16)
     stats[1] = LayerStats(torch.full((16, 16), -1.0) - torch.eye(16), 1, torch.ones(16))
-    with pytest.raises(QuantizeError, match=r"^expert 1: Hessian not positive definite"):
-        list(gptq_quantize_all(weights, stats, QuantSpec(group_size=8), [f"expert {i}" for i in range(3)]))
+    spec = QuantSpec(group_size=8)
+    solved = list(gptq_quantize_all(weights, stats, spec, ["a", "b", "c"]))
+    assert [factor is None for _, factor in solved] == [False, True, False]
+    np.testing.assert_array_equal(solved[1][0].layer.codes, rtn_quantize(weights[1], spec).layer.codes)
+    for index in (0, 2):
+        alone = gptq_quantize(weights[index], factorize(stats[index], [weights[index]], spec, "alone"), spec)
+        np.testing.assert_array_equal(solved[index][0].layer.codes, alone.layer.codes)
