@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calibration.windows import TokenWindows
+from formats.strict_json import MAX_ENTRIES
 from qtool.budget import Budget, check_disk_for_states, plan_budget
 from qtool.checkpoint import Checkpoint
+from qtool.errors import ConfigError
 from qtool.journal import SPREAD_BITS, Journal
 from qtool.model import BlockwiseModel
 from qtool.numerics import release_free_memory
@@ -61,13 +63,19 @@ def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: C
         names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
     plan = plan_tensors(model, recipe)
+    files = embedded_files(checkpoint, tokenizer)
+    if len(plan) + len(files) > MAX_ENTRIES:
+        raise ConfigError(
+            f"{checkpoint.name}: has {len(plan)} tensors, two or more for each expert; "
+            f"a file holds {MAX_ENTRIES} (SPEC 4.1.1)"
+        )
     return Job(
         model=model,
         tokenizer=tokenizer,
         recipe=recipe,
         plan=plan,
         budget=plan_budget(model, plan, recipe, options.max_memory_bytes),
-        files=embedded_files(checkpoint, tokenizer),
+        files=files,
         read_sources=cache(partial(source_files, checkpoint)),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import qtool
 from calibration.windows import TokenWindows
 from formats.embedded import GENERATION_CONFIG
+from formats.experts import expert_of
 from formats.header import SECTION_ALIGNMENT, FileEntry, Header, TensorEntry, serialise_header
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointError
@@ -145,12 +147,16 @@ def header_bytes(
 
 def _longest_quality(plan: Iterable[TensorPlan]) -> dict[str, Any]:
     """What a run has to report in the worst case: layers that were damped harder and left out tokens, all of them."""
+    plan = list(plan)
     names = [tensor.name for tensor in plan if tensor.spec is not None and tensor.in_block]
+    mixtures = Counter(expert[0] for expert in {expert_of(tensor.name) for tensor in plan} if expert is not None)
     return {
         "mean_relative_error": LONGEST_FLOAT,
         "harder_damped": dict.fromkeys(names, LONGEST_FLOAT),
         "dropped_tokens": dict.fromkeys(names, 10**14),
         "uncalibrated": [],  # they are in neither of the others
+        "rounded": [],  # as these are
+        "experts": {name: {"tokens": [10**14] * n, "pooled": [*range(n)]} for name, n in mixtures.items()},
     }
 
 

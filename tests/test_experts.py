@@ -256,3 +256,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, 
     assert output.read_bytes() == tiny_files.compressed("qwen2_moe", *SOME).read_bytes()
     with QtmFile.open(output) as file:
         assert len(file.header.quality["experts"]) == 3
+
+
+def test_more_tensors_than_a_file_holds_are_refused_before_anything_is_done(tiny_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("qtool.job.MAX_ENTRIES", 50)
+    folder = tiny_files.model("qwen2_moe")
+    message = refusal("compress", folder, "-o", tmp_path / "out.qtm", *tiny_files.compress_options())
+    assert message.startswith(f"{folder}: has ") and message.endswith("; a file holds 50 (SPEC 4.1.1)")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_size_of_a_mixture_is_kept(tiny_files):
+    """What the header says of the experts is counted before it is known."""
+    file = tiny_files.compressed("mixtral", "--target-size", "110kB", "--format", "int")
+    assert file.stat().st_size <= 110_000
