@@ -93,14 +93,14 @@ def _states(
 
 
 def _calibration_of(file: QtmFile) -> CalibrationSpec:
-    """What the header says of the calibration, if anything."""
+    """What the header says of the calibration; without any, the usual."""
+    recorded = file.header.recipe.get("calibration")
+    if recorded is None:
+        return CalibrationSpec()
     try:
-        spec = CalibrationSpec(**file.header.recipe.get("calibration") or {})
-    except TypeError as error:
+        return CalibrationSpec(**{**recorded, "source": str(recorded["source"])})
+    except (TypeError, KeyError) as error:
         raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)") from error
-    if not isinstance(spec.source, str):
-        raise FormatError(f"{file.label}: header: recipe.calibration is not as qtool writes it (SPEC 3.4)")
-    return spec
 
 
 def _source_of(recorded: str, label: str) -> str:

@@ -18,6 +18,8 @@ NOTHING_CHOSEN = {
     "samples": 128,
     "seq_len": 2048,
     "seed": 0,
+    "min_expert_tokens": 64,
+    "percdamp": None,
     "embeddings": None,
     "method": "gptq",
     "number_format": None,
@@ -179,9 +181,9 @@ def test_the_output_is_named_for_the_model_and_its_bits(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq"}, "method='awq': must be one of gptq, rtn, int8, spqr"),
+        ({"method": "awq"}, "method='awq': must be one of gptq, rtn, int8, spqr, ternary"),
         ({"effort": "more"}, "effort='more': must be one of fast, default, best"),
-        ({"number_format": "fp8"}, "format='fp8': must be one of int, nf4, fp4, fitted, trellis"),
+        ({"number_format": "fp8"}, "format='fp8': must be one of int, nf4, fp4, fitted, trellis, ternary"),
         ({"bits": 9}, "bits=9: must be 2 to 8"),
         ({"bits": 3, "number_format": "nf4"}, "bits=3: must be 4 for nf4"),
         ({"bits": 8, "number_format": "fp4"}, "bits=8: must be 4 for fp4"),
