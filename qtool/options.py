@@ -27,7 +27,6 @@ def build_recipe(
     samples: int,
     seq_len: int,
     seed: int,
-    min_expert_tokens: int,
     embeddings: int | None,
     target_size: str | None = None,
     target_bits: float | None = None,
@@ -35,6 +34,7 @@ def build_recipe(
     independent: bool = False,
     layers: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
+    min_expert_tokens: int = 64,
     bits: float | None = None,
     expert_format: str | None = None,
     ternary_grid: str | None = None,
@@ -60,7 +60,7 @@ def build_recipe(
         raise ConfigError(f"--ternary-grid {ternary_grid}: is for ternary weights; give --method ternary")
     return Recipe(
         linears=_linears(targeted=target is not None, grid=ternary_grid or "minmax", **linears),
-        experts=_experts(expert_format, linears["method"], linears["percdamp"], ternary_grid or "minmax"),
+        experts=_experts(expert_format, linears["method"], linears.get("percdamp"), ternary_grid or "minmax"),
         embeddings=(0 if target is not None and target.size_bytes else 8) if embeddings is None else embeddings,
         calibration=CalibrationSpec(
             source=calibration,

@@ -18,8 +18,6 @@ NOTHING_CHOSEN = {
     "samples": 128,
     "seq_len": 2048,
     "seed": 0,
-    "min_expert_tokens": 64,
-    "percdamp": None,
     "embeddings": None,
     "method": "gptq",
     "number_format": None,

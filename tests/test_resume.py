@@ -102,7 +102,7 @@ def test_a_resumed_run_does_no_block_twice(monkeypatch, command):
     interrupt(monkeypatch, command, n_steps=3)
     run = []
     block = qtool.run.Run._block
-    monkeypatch.setattr(qtool.run.Run, "_block", lambda self, i, *args: (run.append(i), block(self, i, *args)))
+    monkeypatch.setattr(qtool.run.Run, "_block", lambda self, i, *args: run.append(i) or block(self, i, *args))
     assert run_qtool(*command).exit_code == 0
     assert run == [2]
 

@@ -16,7 +16,7 @@ from qtool.states import HiddenStates
 SEQ_LEN = 24
 
 
-@pytest.fixture(params=[*FAMILIES, *EXPERTS])
+@pytest.fixture(params=[*FAMILIES, "mixtral"])
 def family(request):
     return request.param
 
@@ -74,6 +74,9 @@ def test_it_is_what_gradients_of_the_whole_model_say(tiny_files, family, tmp_pat
     folder, ids = tiny_files.model(family), random_ids()
     costs, head, lookups = measure(folder, ids, tmp_path)
     model = load_reference(folder).requires_grad_(False)
+    fused = {name for name in costs if ".experts." in name}  # transformers has no linear for each expert
+    assert bool(fused) == (family in EXPERTS)
+    costs = {name: cost for name, cost in costs.items() if name not in fused}
     head_name = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
     want, want_lookups = {}, torch.zeros(len(lookups))
     want_head = torch.zeros_like(head.inputs), torch.zeros_like(head.outputs)
