@@ -270,7 +270,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                 for fused, wanted in experts.items():
                     stored = slices(self._sources.get(fused, []))
                     read_experts(model, fused, wanted, stored, self._converter_of.get)
-            except (SafetensorError, OSError, RuntimeError) as error:
+            except (SafetensorError, OSError, RuntimeError, IndexError) as error:
                 if "allocate memory" in str(error):
                     raise
                 raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error

@@ -206,6 +206,20 @@ def test_a_missing_expert_is_named(tiny_files, tmp_path):
     assert "tensor model.layers.1.mlp.experts.2.gate_up_proj.weight is missing from the weights" in message
 
 
+def test_fewer_experts_than_the_config_says_are_refused(tiny_files, tmp_path):
+    """All in one tensor, as transformers holds them."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_files.model("mixtral"), folder)
+    state = load_reference(folder).state_dict()
+    name = "model.layers.1.mlp.experts.down_proj"
+    state[name] = state[name][:3]
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    message = refusal("compress", folder, "-o", tmp_path / "out.qtm", *tiny_files.compress_options())
+    assert message.startswith(f"{folder}: cannot read the weights: ")
+
+
 def test_exported_experts_have_their_published_names(tiny_files, tmp_path):
     """transformers fuses experts when it loads them; on disk every expert has its own tensors."""
     file = tiny_files.compressed("mixtral")
