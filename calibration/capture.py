@@ -94,11 +94,12 @@ class HessianCapture:
         stats = {}
         for name, accumulator in self._accumulators.items():
             stats[name] = accumulator.result()
-            _check_finite(name, stats[name])
+            check_finite(name, stats[name])
         return {name: stats[self._leader[name]] for name in self._linears if name in self._leader}
 
 
-def _check_finite(name: str, stats: LayerStats) -> None:
+def check_finite(name: str, stats: LayerStats) -> None:
+    """CalibrationError where more than `MAX_DROPPED_SHARE` of a layer's tokens overflow."""
     total = stats.n_tokens + stats.n_dropped
     if stats.n_dropped > MAX_DROPPED_SHARE * total:
         raise CalibrationError(

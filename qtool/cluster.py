@@ -58,7 +58,13 @@ class RayCluster:
                 self._ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:
             raise self._unreachable(error) from error
-        self.workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._threads)
+        cpus = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        self.workers = sum(n // self._threads for n in cpus)
+        if not self.workers:
+            raise ConfigError(
+                f"--cluster {self._address}: no machine of it has the {self._threads} CPUs that this process computes "
+                f"with; set OMP_NUM_THREADS to {max(cpus, default=0)} or less"
+            )
         remote = self._ray.remote(max_retries=RETRIES, num_cpus=self._threads, retry_exceptions=False)
         self._remote = remote(_solve_there)
 
@@ -106,7 +112,7 @@ class RayCluster:
                 f"--cluster {self._address}: {work.names[0]}: given up after {RETRIES + 1} tries: {reason}"
             ) from error
         for index, one in enumerate(solved):
-            yield replace(one, stats=work.stats[index if len(work.stats) > 1 else 0])
+            yield replace(one, stats=work.stats[index if work.alike else 0])
 
 
 def versions() -> dict[str, str]:

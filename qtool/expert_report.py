@@ -44,7 +44,7 @@ def _expert(mixture: str, number: int, rows: list[dict[str, Any]], calibrated: M
         "expert": number,
         "tokens": None if tokens is None else int(tokens[number]),
         "statistics": None if tokens is None else "all" if number in calibrated.get("pooled", ()) else "own",
-        "zeros": float(calibrated["zeros"][number]) if "zeros" in calibrated else None,
+        "zeros": calibrated["zeros"][number] if number < len(calibrated.get("zeros", ())) else None,
         "error": sum(errors) / len(errors) if errors else None,
         "bits": 8 * n_bytes / parameters,
         "bytes": n_bytes,

@@ -74,7 +74,7 @@ def _factor(weight: Tensor, stats: LayerStats, name: str, spec: QuantSpec) -> Fa
 def _factored(layers: Sequence[tuple[Tensor, Factor]], spec: QuantSpec) -> list[Solution]:
     """The solutions of layers whose Hessians are factored."""
     kind = GRIDS.get(spec.format)
-    if kind is None or spec.keeps_outliers or len(layers) < 2:
+    if kind is None or spec.keeps_outliers:
         return [gptq_quantize(weight, factor, spec) for weight, factor in layers]
     grids: list[Any] = _side_by_side(lambda layer: fit_layer(*layer, spec)[0], layers)
     grid = kind.together(grids)
@@ -112,13 +112,17 @@ def round_columns(
             decoded[:, start + j] = rounded
             torch.sub(block[j], rounded, out=errors[j]).div_(own[:, j, j, None])
             block[j + 1 :].addcmul_(own[:, j, j + 1 :].T[..., None], errors[j], value=-1)
-        free[:, stop:].baddbmm_(chol[:, start:stop, stop:].transpose(1, 2), errors.transpose(0, 1), alpha=-1)
+        for layer in range(n_layers):  # as one layer alone does it, so that no sum depends on how many there are
+            free[layer, stop:].addmm_(chol[layer, start:stop, stop:].T, errors[:, layer], alpha=-1)
     back = torch.argsort(perm, dim=1)[..., None].expand_as(free)
     return codes.gather(1, back).transpose(1, 2).contiguous(), decoded.gather(1, back).transpose(1, 2).contiguous()
 
 
 def _side_by_side(make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
-    """`make` of each, a thread for each core: what a small matrix takes cannot be divided among them."""
+    """`make` of each, a thread for each core: what a small matrix takes cannot be divided among them.
+
+    How many there are decides nothing else: sums of one are rounded alike, whatever is beside it.
+    """
     n_threads = torch.get_num_threads()
     with _one_thread(), ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(make, given))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibration.capture import check_finite
 from calibration.hessian import HessianAccumulator, LayerStats
 from formats.experts import SeparateExperts, fused_tensor
 from formats.skeleton import split_name
@@ -173,7 +174,10 @@ class RoutedTokens:
             up.add(x)
             down.add(self.mixture.experts.between(expert.up(x)))
         self._drop_pages()
-        return up.result(), down.result()
+        stats = up.result(), down.result()
+        for layer, own in self.mixture.by_layer(number, *stats).items():
+            check_finite(layer, own)
+        return stats
 
     def _add_outputs(self, numbers: Iterable[int]) -> None:
         """Add what some experts make of their tokens to the mixture's output."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from qtool.memory import parse_size
 from qtool.recipe import FORMATS, METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
 
 GROUP_SIZES = {"int": 128, "nf4": 64, "fp4": 64, "fitted": 64, "trellis": -1}
+TERNARY_CHECKED = ("group_size", "percdamp", "bits", "act_order", "input_scales")
 TERNARY_GRIDS = ("minmax", "mse")
 EFFORTS = ("fast", "default", "best")
 SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
@@ -51,7 +53,7 @@ def build_recipe(
         raise ConfigError("--fused: holds what a target spreads together; give --target-size or --target-bits")
     if bits is not None and 0 < bits < 1:  # what ternary experts take
         bits, expert_format = None, expert_format or "ternary"
-    elif bits is not None and bits != int(bits):
+    elif bits is not None and not (math.isfinite(bits) and bits == int(bits)):
         raise ConfigError(f"--bits {bits:g}: must be whole, or below 1 for ternary experts; --target-bits mixes widths")
     linears["bits"] = None if bits is None else int(bits)
     if linears["method"] == "ternary":
@@ -89,6 +91,8 @@ def _experts(number_format: str | None, method: str, percdamp: float | None, gri
 def _ternary(method: str, grid: str, chosen: dict[str, Any]) -> QuantSpec:
     """As QMoE has it: hard damped, columns as they stand."""
     one_of("ternary_grid", grid, TERNARY_GRIDS)
+    if method == "rtn" and grid != "minmax":
+        raise ConfigError(f"--ternary-grid {grid}: is searched by the Hessian, --method rtn has none; leave it out")
     if method not in ("gptq", "rtn"):
         raise ConfigError(f"--method {method}: ternary weights are found by gptq or rtn")
     own = {"group_size": -1, "percdamp": 0.1, "act_order": False, "input_scales": False, "bits": 2}
@@ -119,7 +123,11 @@ def _linears(
             raise ConfigError(
                 f"{_given('scale_search', chosen['scale_search'])}: ternary has --ternary-grid mse for it"
             )
-        return _ternary(method, grid, {name: value for name, value in chosen.items() if value})
+        return _ternary(
+            method,
+            grid,
+            {name: value for name, value in chosen.items() if value not in (False, 0.0) or name in TERNARY_CHECKED},
+        )
     if method == "spqr":
         method = "gptq"
         left = {"outlier_threshold"} if outliers is not None else set()

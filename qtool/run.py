@@ -209,19 +209,20 @@ class Run:
             step = -(-len(experts) // self.solver.workers)
             for start in range(0, len(experts), step):
                 part = experts[start : start + step]
-                yield self._work(part, [stats[tensor.layer] for tensor in part])
+                yield self._work(part, [stats[tensor.layer] for tensor in part], alike=True)
         groups = by_input(others, stats)
         stats.clear()
         while groups:
             readers, shared = groups.pop(0)
             yield self._work(readers, [shared])
 
-    def _work(self, tensors: list[TensorPlan], stats: Sequence[LayerStats | None]) -> Work:
+    def _work(self, tensors: list[TensorPlan], stats: Sequence[LayerStats | None], *, alike: bool = False) -> Work:
         return Work(
             names=[tensor.name for tensor in tensors],
             weights=[weight_of(self.model, tensor) for tensor in tensors],
             specs=[tensor.spec for tensor in tensors if tensor.spec is not None],
             stats=list(stats),
+            alike=alike,
         )
 
     def _report(self, tensor: TensorPlan, solved: Solved) -> None:

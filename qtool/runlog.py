@@ -63,11 +63,20 @@ class RunReport:
         for name, share in self.zeros.items():
             if (part := expert_of(name)) is not None:
                 shares.setdefault(part[0], {}).setdefault(part[1], []).append(share)
-        zeros = {
-            mixture: {"zeros": [round(float(np.mean(of_one[n])), 4) for n in sorted(of_one)]}
+        n_experts = {part[0]: 0 for part in map(expert_of, self.relative_errors) if part is not None}
+        for part in map(expert_of, self.relative_errors):
+            if part is not None:
+                n_experts[part[0]] = max(n_experts[part[0]], part[1] + 1)
+        zeros: dict[str, dict[str, list[Any]]] = {
+            mixture: {"zeros": [_mean(of_one.get(n)) for n in range(n_experts[mixture])]}
             for mixture, of_one in shares.items()
         }
         return {name: self.experts.get(name, {}) | zeros.get(name, {}) for name in self.experts | zeros}
+
+
+def _mean(shares: list[float] | None) -> float | None:
+    """None for an expert that is not ternary."""
+    return None if shares is None else round(float(np.mean(shares)), 4)
 
 
 class RunLog:

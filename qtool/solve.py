@@ -25,6 +25,7 @@ class Work:
     weights: list[Tensor]  # [out, in] f32; taken out as they are solved
     specs: list[QuantSpec]
     stats: list[LayerStats | None]  # one, or as many as there are weights
+    alike: bool = False  # the latter, all of one shape and one spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,12 +66,12 @@ class Here:
 def solve(work: Work) -> Iterator[Solved]:
     """The solutions in the order of the names; each weight is let go of when it has been solved."""
     since = time.perf_counter()
-    for index, (solution, factor) in enumerate(_alike(work) if len(work.stats) > 1 else _one_input(work)):
+    for index, (solution, factor) in enumerate(_alike(work) if work.alike else _one_input(work)):
         now = time.perf_counter()
         yield Solved(
             name=work.names[index],
             solution=solution,
-            stats=work.stats[index if len(work.stats) > 1 else 0],
+            stats=work.stats[index if work.alike else 0],
             percdamp=None if factor is None else factor.percdamp,
             seconds=now - since,
         )

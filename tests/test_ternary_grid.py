@@ -91,6 +91,12 @@ def test_experts_become_ternary_and_nothing_else(tiny_files, options):
     assert file.read_bytes() == tiny_files.compressed("mixtral", "--method", "ternary").read_bytes()
 
 
+def test_experts_that_are_not_ternary_are_listed_beside_those_that_are(tiny_files):
+    file = tiny_files.compressed("mixtral", "--method", "ternary", "--layer", "experts[.]0[.]=4")
+    zeros = {row["expert"]: row["zeros"] for row in qtool_json("inspect", file, "--experts")["experts"]}
+    assert zeros[0] is None and all(0 < zeros[n] < 1 for n in (1, 2, 3))
+
+
 def test_all_linears_become_ternary_if_asked(tiny_files):
     found = qtool_json("inspect", tiny_files.compressed("llama", "--format", "ternary", "--group-size", "-1"))
     linears = [row for row in found["tensors"] if row["name"].endswith("proj.weight")]
@@ -110,7 +116,14 @@ def test_too_few_zeros_are_told_with_what_they_cost(tiny_files, tmp_path):
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llama", ("--method", "ternary"), "--expert-format: the model has no experts; --format is for all linears"),
+        ("llama", ("--method", "ternary"),
+         "--expert-format: the model has no experts that can be taken apart; --format is for all linears"),
+        ("mixtral", ("--method", "ternary", "--ignore", "experts"),
+         "--expert-format: --layer and --ignore leave it no expert; take one of them back"),
+        ("llama", ("--bits", "nan"),
+         "--bits nan: must be whole, or below 1 for ternary experts; --target-bits mixes widths"),
+        ("mixtral", ("--method", "rtn", "--expert-format", "ternary", "--ternary-grid", "mse"),
+         "--ternary-grid mse: is searched by the Hessian, --method rtn has none; leave it out"),
         ("llama", ("--bits", "3.5"),
          "--bits 3.5: must be whole, or below 1 for ternary experts; --target-bits mixes widths"),
         ("llama", ("--ternary-grid", "mse"), "--ternary-grid mse: is for ternary weights; give --method ternary"),
