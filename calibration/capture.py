@@ -23,7 +23,10 @@ class _BlockDone(Exception):
 class HessianCapture:
     """Forward pre-hooks on `linears`; those that are handed the very same tensor share one Hessian."""
 
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
+    def __init__(self, linears: dict[str, nn.Module], *, unknown_is_nan: bool = False) -> None:
+        """unknown_is_nan: what is not known yet is NaN; linears that read nothing else are `late`, and left out."""
+        self._unknown_is_nan = unknown_is_nan
+        self.late: set[str] = set()
         self._linears = linears
         self._leader: dict[str, str] = {}  # linear -> the linear whose accumulator it shares
         self._accumulators: dict[str, HessianAccumulator] = {}
@@ -70,6 +73,9 @@ class HessianCapture:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
+            if self._unknown_is_nan and torch.isnan(x).all():
+                self.late.add(name)
+                return
             self._called.append(name)
             if name not in self._leader:
                 self._assign(name, x)

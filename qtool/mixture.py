@@ -25,7 +25,15 @@ from formats.skeleton import split_name
 from qtool.checkpoint import find_tensor
 from qtool.errors import naming
 from qtool.model import BlockwiseModel
-from qtool.states import EXPERT_FILES, TOKENS_PER_BATCH, HiddenStates, instead_of
+from qtool.states import (
+    EXPERT_FILES,
+    TOKENS_PER_BATCH,
+    HiddenStates,
+    advance,
+    calibrate,
+    calibrate_late,
+    instead_of,
+)
 
 INPUTS_FILE, OUTPUTS_FILE = EXPERT_FILES
 MAX_SHARE = 4
@@ -199,7 +207,7 @@ class RoutedTokens:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """The mixture gives what its experts gave, batch after batch, while the block is run over the set again."""
+        """The mixture gives what its experts gave, batch after batch, while the block is run over the set once."""
         start = 0
 
         def replay(hidden: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
@@ -211,6 +219,9 @@ class RoutedTokens:
 
         with instead_of(self.mixture.experts, replay):
             yield
+
+    def remove(self) -> None:
+        """Delete the files."""
         for name in EXPERT_FILES:
             (self._folder / name).unlink()
 
@@ -231,3 +242,31 @@ class _Pool:
     @property
     def down(self) -> LayerStats:
         return LayerStats(self._hessian / max(self._n_tokens, 1), self._n_tokens, self._absmax)
+
+
+def visit_block(
+    model: BlockwiseModel, index: int, states: HiddenStates | None, min_tokens: int, handle: Handle, workers: int = 1
+) -> tuple[int | None, dict[str, dict[str, list[int]]]]:
+    """Calibrate and handle a block that has its own weights, its experts a few at a time where it is a mixture, and
+    make the next block's input.  -> the checksum of that, and what is to be told of the experts by their mixture
+    """
+    stats, late = calibrate(model, index, states)
+    first = [name for name in model.own_names(index) if split_name(name)[0] not in late]
+    handle(first, stats)
+    name = model.mixture(index)
+    if name is None:
+        return advance(model, index, states), {}
+    mixture = Mixture(model, index, name, workers)
+    if states is None:
+        mixture.visit(handle)
+        return None, {}
+    tokens = RoutedTokens(mixture, states)
+    few = tokens.visit(min_tokens, handle)
+    if late:
+        with tokens.replayed():
+            found = calibrate_late(model, index, states, late)
+        handle([name for name in model.own_names(index) if split_name(name)[0] in late], found)
+    with tokens.replayed():
+        checksum = advance(model, index, states)
+    tokens.remove()
+    return checksum, {name: {"tokens": tokens.counts, "pooled": few}}

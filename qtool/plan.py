@@ -157,6 +157,8 @@ def _spec_for(
     leaf = split_name(name)[1]
     if len(shape) < 2:
         return None, "norm, bias or other vector"
+    if in_block and "router" in name.split("."):
+        return None, "router of a mixture"  # small, and what it decides is not a matter of degree
     if leaf == "weight" and in_block and is_linear(module):
         return recipe.linears, ""
     if leaf == "weight" and not in_block and (isinstance(module, nn.Embedding) or is_head):

@@ -25,14 +25,14 @@ from qtool.checkpoint import find_tensor
 from qtool.gptq import Solution
 from qtool.job import Job
 from qtool.journal import Journal
-from qtool.mixture import Mixture, RoutedTokens
+from qtool.mixture import visit_block
 from qtool.numerics import release_free_memory
 from qtool.pack import dense_section, rounded_section
 from qtool.plan import TensorPlan, by_input, weight_of
 from qtool.provenance import machine
 from qtool.runlog import RunLog, RunReport
 from qtool.solve import Solved, Solver, Work
-from qtool.states import STATES_FILES, HiddenStates, advance, calibrate
+from qtool.states import STATES_FILES, HiddenStates
 from qtool.ternary import share_of_zeros
 
 
@@ -146,20 +146,8 @@ class Run:
 
         step = _Begun()
         handle = partial(self._tensors, step=step, show=show)
-        handle(self.model.own_names(index), calibrate(self.model, index, states))
-        name = self.model.mixture(index)
-        if name is None:
-            step.checksum = advance(self.model, index, states)
-            return step
-        mixture = Mixture(self.model, index, name, self.solver.workers)
-        if states is None:
-            mixture.visit(handle)
-            return step
-        tokens = RoutedTokens(mixture, states)
-        few = tokens.visit(self.recipe.calibration.min_expert_tokens, handle)
-        step.experts[name] = {"tokens": tokens.counts, "pooled": few}
-        with tokens.replayed():
-            step.checksum = advance(self.model, index, states)
+        min_tokens = self.recipe.calibration.min_expert_tokens
+        step.checksum, step.experts = visit_block(self.model, index, states, min_tokens, handle, self.solver.workers)
         return step
 
     def _tensors(

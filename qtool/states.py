@@ -86,16 +86,23 @@ class HiddenStates:
         return self.folder / self._names[step % len(self._names)]
 
 
-def calibrate(model: BlockwiseModel, index: int, states: HiddenStates | None) -> dict[str, LayerStats]:
+def calibrate(model: BlockwiseModel, index: int, states: HiddenStates | None) -> tuple[dict[str, LayerStats], set[str]]:
     """The statistics of block `index`, which has its weights, by the name of the linear; none without states.
 
-    A mixture's experts need none, and are none of these linears: `qtool.mixture` has theirs.
+    A mixture's experts need none, and are none of these linears: `qtool.mixture` has theirs. Linears that read what the
+    mixture gives have none yet: they come second.
     """
     if states is None:
-        return {}
-    capture = HessianCapture(model.own_linears(index))
+        return {}, set()
+    capture = HessianCapture(model.own_linears(index), unknown_is_nan=model.mixture(index) is not None)
     with without_experts(model, index):
-        return capture.run(lambda x: model.run(index, x), states.read(index))
+        return capture.run(lambda x: model.run(index, x), states.read(index)), capture.late
+
+
+def calibrate_late(model: BlockwiseModel, index: int, states: HiddenStates, late: set[str]) -> dict[str, LayerStats]:
+    """The statistics of the linears `late`, while the block's mixture gives what it gives."""
+    linears = {name: module for name, module in model.own_linears(index).items() if name in late}
+    return HessianCapture(linears).run(lambda x: model.run(index, x), states.read(index))
 
 
 def advance(model: BlockwiseModel, index: int, states: HiddenStates | None) -> int | None:

@@ -26,14 +26,14 @@ from formats.tensors import decode_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
 from qtool.errors import CheckpointError, ConfigError
 from qtool.gptq import output_energy, relative_error
-from qtool.mixture import Mixture, RoutedTokens
+from qtool.mixture import visit_block
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory
 from qtool.pack import rounded_section
 from qtool.plan import TensorPlan
 from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
 from qtool.sample import draw_sample
-from qtool.states import HiddenStates, advance, calibrate, windows_per_batch
+from qtool.states import HiddenStates, windows_per_batch
 
 TOLERANCE = 0.02
 """How far an error may be from the recorded one, as a share of it: another machine rounds its sums in another order."""
@@ -141,19 +141,7 @@ class _Verification:
                 self.states.write(0, map(self.model.embed, self.states.batches))
 
     def _block(self, index: int) -> None:
-        self._tensors(self.model.own_names(index), calibrate(self.model, index, self.states))
-        name = self.model.mixture(index)
-        if name is None:
-            advance(self.model, index, self.states)
-            return
-        mixture = Mixture(self.model, index, name)
-        if self.states is None:
-            mixture.visit(self._tensors)
-            return
-        tokens = RoutedTokens(mixture, self.states)
-        tokens.visit(self.min_expert_tokens, self._tensors)
-        with tokens.replayed():
-            advance(self.model, index, self.states)
+        visit_block(self.model, index, self.states, self.min_expert_tokens, self._tensors)
 
     def _tensors(self, names: list[str], stats: Mapping[str, LayerStats]) -> None:
         """Check tensors that are in memory; the file's are left there."""

@@ -57,7 +57,11 @@ def test_all_matrices_of_all_experts_are_quantized(tiny_files, family):
     found = qtool_json("inspect", tiny_files.compressed(family))
     of_experts = [row for row in found["tensors"] if ".experts." in row["name"] and len(row["shape"]) == 2]
     assert of_experts and all(row["encoding"] == "uniform" for row in of_experts)
-    routers = [row for row in found["tensors"] if row["name"].endswith(("mlp.gate.weight", "router.weight"))]
+    routers = [
+        row
+        for row in found["tensors"]
+        if row["name"].endswith(("mlp.gate.weight", "router.weight", "router.proj.weight"))
+    ]
     assert routers and all(row["encoding"] == "dense" for row in routers)
 
 
@@ -104,6 +108,7 @@ def test_an_experts_statistics_and_outputs_are_those_of_the_whole_block(tiny_fil
         torch.testing.assert_close(seen[name].hessian, stats[name].hessian)
         torch.testing.assert_close(seen[name].absmax, stats[name].absmax)
     assert sum(tokens.counts) == 3 * 48 * 2  # two experts a token
+    tokens.remove()
     assert not list(tmp_path.glob("experts.*"))
 
 
@@ -249,7 +254,6 @@ def test_numbers_beyond_the_last_expert_stand_for_none():
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, monkeypatch):
-    from qtool import run
 
     options = tiny_files.compress_options(*SOME)
     command = ["compress", tiny_files.model("qwen2_moe"), "-o", output, *options]
@@ -261,8 +265,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, 
             raise KeyboardInterrupt
         return real(model, index, states)
 
-    real = run.advance
-    monkeypatch.setattr(run, "advance", advance)
+    real = mixture_module.advance
+    monkeypatch.setattr(mixture_module, "advance", advance)
     assert run_qtool(*command).exit_code != 0
     again = run_qtool(*command)
     assert again.exit_code == 0, again.output
@@ -284,3 +288,13 @@ def test_a_target_size_of_a_mixture_is_kept(tiny_files):
     """What the header says of the experts is counted before it is known."""
     file = tiny_files.compressed("mixtral", "--target-size", "110kB", "--format", "int")
     assert file.stat().st_size <= 110_000
+
+
+def test_linears_behind_the_mixture_are_calibrated_on_what_it_gives(tiny_files, tmp_path):
+    """Gemma 4's per-layer inputs are gated by the block's own output."""
+    file = tiny_files.compressed("gemma4_text")
+    found = {row["name"]: row for row in qtool_json("inspect", file)["tensors"]}
+    late = found["model.layers.0.per_layer_input_gate.weight"]
+    assert late["encoding"] == "uniform" and late["relative_error"] > 0
+    options = ("--against", tiny_files.model("gemma4_text"), "--calibration", tiny_files.text)
+    assert qtool_json("verify", file, *options)["ok"]

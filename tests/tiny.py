@@ -80,6 +80,18 @@ EXPERTS: dict[str, dict[str, Any]] = {  # fused 3-D expert tensors
     "deepseek_v3": {**LATENT, "q_lora_rank": 16, "n_group": 2},
     "olmoe": {**SIZES, "num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},  # stored as 3-D tensors
+    "gemma4_text": {
+        **SIZES,
+        **ROUTED,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_experts_per_tok": 2,
+        "top_k_experts": 2,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "sliding_window": 16,
+    },  # linears behind the mixture
     "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
 }
 
