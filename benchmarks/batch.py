@@ -56,7 +56,6 @@ def _statistics() -> LayerStats:
 
 def times(weights: list[torch.Tensor], stats: list[LayerStats], spec: QuantSpec, repeats: int) -> tuple[float, float]:
     """Median seconds of both ways, taken in turn; stops where their codes differ."""
-    names = [f"expert {i}" for i in range(len(weights))]
 
     def alone() -> list[Solution]:
         return [
@@ -64,7 +63,7 @@ def times(weights: list[torch.Tensor], stats: list[LayerStats], spec: QuantSpec,
         ]
 
     def together() -> list[Solution]:
-        return [solution for solution, _ in gptq_quantize_all(weights, stats, spec, names)]
+        return [solution for solution, _ in gptq_quantize_all(weights, stats, spec)]
 
     with exact_float32():
         for one, other in zip(alone(), together(), strict=True):

@@ -58,8 +58,8 @@ def main() -> None:
 def measure(model: Path, output: Path, options: list[object]) -> dict[str, float | None]:
     """Perplexity, bits per weight of the experts with all that is stored for them, and the share of zeros."""
     qtool("compress", model, "-o", output, "--force", *CALIBRATION, *options)
-    experts = qtool("inspect", output, "--experts")["experts"]
-    shapes = {row["name"]: row["shape"] for row in qtool("inspect", output)["tensors"]}
+    found = qtool("inspect", output, "--experts")
+    experts, shapes = found["experts"], {row["name"]: row["shape"] for row in found["tensors"]}
     weights = sum(shape[0] * shape[1] for name, shape in shapes.items() if ".experts." in name)
     zeros = [row["zeros"] for row in experts if row["zeros"] is not None]
     return {

@@ -53,8 +53,7 @@ class SeparateExperts(nn.Module):
             made = [_linear(fused, tensor.shape[1:], bool(fused.has_bias)) for tensor in (up, down)]
             self.add_module(str(expert), Expert(up_name, *made))
         self.n_experts = len(up)
-        if fused.has_post_expert_norm:
-            self.post_expert_norm = fused.post_expert_norm
+        self.post_expert_norm: Any = fused.post_expert_norm if fused.has_post_expert_norm else nn.Identity()
         for name, _ in list(fused.named_parameters(recurse=False)):
             delattr(fused, name)
 
@@ -92,13 +91,7 @@ class SeparateExperts(nn.Module):
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output of one expert for its tokens x [n, hidden]."""
         expert = self.expert(number)
-        output: Tensor = expert.down_proj(self.between(expert.up(x)))
-        for norm in self._norms():
-            output = norm(output)
-        return output
-
-    def _norms(self) -> list[nn.Module]:
-        return [self.get_submodule("post_expert_norm")] if "post_expert_norm" in self._modules else []
+        return self.post_expert_norm(expert.down_proj(self.between(expert.up(x))))  # type: ignore[no-any-return]
 
     def between(self, projected: Tensor) -> Tensor:
         """What the down projection reads, of the output of the one before."""

@@ -265,8 +265,8 @@ class HuggingFaceCheckpoint(Checkpoint):
                 return {key: shards[self._shard_of[key]].get_slice(key) for key in keys}
 
             try:
-                config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._conversions)
-                info, _ = convert_and_load_state_dict_in_model(model, slices(keys), config, disk_offload_index=None)
+                if keys:  # transformers goes through the whole model for them; of experts there are many such calls
+                    self._convert(model, slices(keys))
                 for fused, wanted in experts.items():
                     stored = slices(self._sources.get(fused, []))
                     read_experts(model, fused, wanted, stored, self._converter_of.get)
@@ -274,12 +274,17 @@ class HuggingFaceCheckpoint(Checkpoint):
                 if "allocate memory" in str(error):
                     raise
                 raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error
+        for name in names & self._stored_as.keys():
+            set_tensor(model, name, find_tensor(model, self._stored_as[name]))
+
+    def _convert(self, model: PreTrainedModel, tensors: dict[str, Any]) -> None:
+        """Assign what stored tensors make, as transformers does it."""
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._conversions)
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, config, disk_offload_index=None)
         for name, reason in sorted((info.conversion_errors or {}).items()):
             raise CheckpointError(f"{self.name}: tensor {name} cannot be converted: {' '.join(str(reason).split())}")
         for name, stored, expected in sorted(info.mismatched_keys):
             raise CheckpointError(_wrong_shape(self.name, name, stored, expected))
-        for name in names & self._stored_as.keys():
-            set_tensor(model, name, find_tensor(model, self._stored_as[name]))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer_folder(self.folder, self.name, self.trust_remote_code)

@@ -21,16 +21,9 @@ from qtool.pipeline import compress
 from qtool.protocol import Protocol
 from qtool.publish import check_target
 from qtool.recipe import Recipe, RunOptions
-from qtool.report import fold_names, inspect_file
+from qtool.report import TROUBLE, fold_names, inspect_file
 from qtool.sizes import format_bytes
 from qtool.verify import verify_against
-
-TROUBLE = {
-    "harder_damped": "damped harder",
-    "dropped_tokens": "left out tokens that overflow",
-    "rounded": "rounded to nearest: its Hessian cannot be factored",
-    "uncalibrated": "saw no calibration token",
-}
 
 
 def run_compress(

@@ -41,7 +41,7 @@ Made = TypeVar("Made")
 
 
 def gptq_quantize_all(
-    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec, names: Sequence[str]
+    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec
 ) -> Iterator[tuple[Solution, Factor | None]]:
     """As `factorize` and `gptq_quantize` for each weight [out, in] f32, all of one shape, with its own statistics.
 
@@ -50,13 +50,13 @@ def gptq_quantize_all(
     together = max(1, MAX_ELEMENTS // weights[0].numel())
     for start in range(0, len(weights), together):
         part = slice(start, start + together)
-        yield from _solve(weights[part], stats[part], spec, names[part])
+        yield from _solve(weights[part], stats[part], spec)
 
 
 def _solve(
-    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec, names: Sequence[str]
+    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec
 ) -> list[tuple[Solution, Factor | None]]:
-    factors = _side_by_side(lambda layer: _factor(*layer, spec), list(zip(weights, stats, names, strict=True)))
+    factors = _side_by_side(lambda layer: _factor(*layer, spec), list(zip(weights, stats, strict=True)))
     solved = iter(_factored([(w, f) for w, f in zip(weights, factors, strict=True) if f is not None], spec))
     return [
         (next(solved), factor) if factor is not None else (rtn_quantize(weight, spec, own), None)
@@ -64,9 +64,9 @@ def _solve(
     ]
 
 
-def _factor(weight: Tensor, stats: LayerStats, name: str, spec: QuantSpec) -> Factor | None:
+def _factor(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Factor | None:
     try:
-        return factorize(stats, [weight], spec, name)
+        return factorize(stats, [weight], spec, "an expert")
     except QuantizeError:
         return None
 

@@ -24,7 +24,7 @@ from formats.experts import SeparateExperts, fused_tensor
 from formats.skeleton import split_name
 from qtool.checkpoint import find_tensor
 from qtool.errors import naming
-from qtool.model import BlockwiseModel
+from qtool.model import BlockwiseModel, instead_of
 from qtool.states import (
     EXPERT_FILES,
     TOKENS_PER_BATCH,
@@ -32,7 +32,6 @@ from qtool.states import (
     advance,
     calibrate,
     calibrate_late,
-    instead_of,
 )
 
 INPUTS_FILE, OUTPUTS_FILE = EXPERT_FILES
@@ -163,9 +162,10 @@ class RoutedTokens:
             with mixture.in_memory(batch):
                 for number in batch:
                     pooled.add(self._statistics(number)[1])
+        shared = pooled.up, pooled.down
         for batch in mixture.batches(few):
             with mixture.in_memory(batch) as names:
-                handle(names, {k: v for n in batch for k, v in mixture.by_layer(n, pooled.up, pooled.down).items()})
+                handle(names, {k: v for number in batch for k, v in mixture.by_layer(number, *shared).items()})
                 self._add_outputs(batch)
         return few
 

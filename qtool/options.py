@@ -11,7 +11,6 @@ from qtool.memory import parse_size
 from qtool.recipe import FORMATS, METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
 
 GROUP_SIZES = {"int": 128, "nf4": 64, "fp4": 64, "fitted": 64, "trellis": -1}
-TERNARY_CHECKED = ("group_size", "percdamp", "bits", "act_order", "input_scales")
 TERNARY_GRIDS = ("minmax", "mse")
 EFFORTS = ("fast", "default", "best")
 SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
@@ -123,11 +122,7 @@ def _linears(
             raise ConfigError(
                 f"{_given('scale_search', chosen['scale_search'])}: ternary has --ternary-grid mse for it"
             )
-        return _ternary(
-            method,
-            grid,
-            {name: value for name, value in chosen.items() if value not in (False, 0.0) or name in TERNARY_CHECKED},
-        )
+        return _ternary(method, grid, chosen)
     if method == "spqr":
         method = "gptq"
         left = {"outlier_threshold"} if outliers is not None else set()

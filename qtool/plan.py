@@ -64,7 +64,7 @@ def plan_tensors(
             plan.append(tensor if name in own else replace(tensor, is_expert=True))
     _refuse_idle_patterns(plan, recipe)
     if recipe.experts is not None and not any(tensor.spec == recipe.experts for tensor in plan):
-        if any(tensor.name for tensor in plan if fused_tensor(model.skeleton, tensor.name) is not None):
+        if any(fused_tensor(model.skeleton, tensor.name) for tensor in plan):
             raise ConfigError("--expert-format: --layer and --ignore leave it no expert; take one of them back")
         raise ConfigError(
             "--expert-format: the model has no experts that can be taken apart; --format is for all linears"

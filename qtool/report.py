@@ -16,6 +16,14 @@ from formats.header import Header, TensorEntry
 from formats.reader import QtmFile
 from qtool.sizes import bits_per_weight, format_bytes, stored_bytes
 
+TROUBLE = {
+    "harder_damped": "damped harder",
+    "dropped_tokens": "left out tokens that overflow",
+    "rounded": "rounded to nearest: its Hessian cannot be factored",
+    "uncalibrated": "saw no calibration token",
+}
+"""What a run tells of single layers, by the member of `quality` that names them."""
+
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Everything the header says and what follows from it; sections are not read."""
@@ -85,12 +93,9 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("calibration", _describe_calibration(calibration)),
         ("relative error", f"{found['quality'].get('mean_relative_error', 0):.3e} on average"),
     ]
-    for key, text in (
-        ("harder_damped", "damped harder"),
-        ("rounded", "rounded to nearest: its Hessian cannot be factored"),
-        ("uncalibrated", "saw no calibration token"),
-    ):
-        lines += [("warning", f"{name} {text}") for name in found["quality"].get(key, ())]
+    for key, text in TROUBLE.items():
+        if key != "dropped_tokens":  # whose number is told
+            lines += [("warning", f"{name} {text}") for name in found["quality"].get(key, ())]
     dropped = found["quality"].get("dropped_tokens", {})
     lines += [("warning", f"{name}: {n} tokens with NaN or infinity left out") for name, n in dropped.items()]
     lines += _describe_experts(found["quality"].get("experts") or {})

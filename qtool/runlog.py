@@ -59,24 +59,22 @@ class RunReport:
     def _experts(self) -> dict[str, dict[str, list[Any]]]:
         """What is told of the experts, and of those that are ternary the share of zeros: a number each, since a header
         takes half a million characters of such."""
-        shares: dict[str, dict[int, list[float]]] = {}
-        for name, share in self.zeros.items():
+        shares: dict[str, dict[int, list[float]]] = {}  # mixture -> expert -> of its ternary linears
+        for name in self.relative_errors:
             if (part := expert_of(name)) is not None:
-                shares.setdefault(part[0], {}).setdefault(part[1], []).append(share)
-        n_experts = {part[0]: 0 for part in map(expert_of, self.relative_errors) if part is not None}
-        for part in map(expert_of, self.relative_errors):
-            if part is not None:
-                n_experts[part[0]] = max(n_experts[part[0]], part[1] + 1)
+                own = shares.setdefault(part[0], {}).setdefault(part[1], [])
+                own += [self.zeros[name]] if name in self.zeros else []
         zeros: dict[str, dict[str, list[Any]]] = {
-            mixture: {"zeros": [_mean(of_one.get(n)) for n in range(n_experts[mixture])]}
+            mixture: {"zeros": [_mean(of_one.get(n)) for n in range(max(of_one) + 1)]}
             for mixture, of_one in shares.items()
+            if any(of_one.values())
         }
         return {name: self.experts.get(name, {}) | zeros.get(name, {}) for name in self.experts | zeros}
 
 
 def _mean(shares: list[float] | None) -> float | None:
     """None for an expert that is not ternary."""
-    return None if shares is None else round(float(np.mean(shares)), 4)
+    return None if not shares else round(float(np.mean(shares)), 4)
 
 
 class RunLog:

@@ -96,4 +96,4 @@ def _one_input(work: Work) -> Iterator[tuple[Solution, Factor | None]]:
 def _alike(work: Work) -> Iterator[tuple[Solution, Factor | None]]:
     """Of one shape and one spec."""
     stats = [own for own in work.stats if own is not None]
-    yield from gptq_quantize_all(work.weights, stats, work.specs[0], work.names)
+    yield from gptq_quantize_all(work.weights, stats, work.specs[0])

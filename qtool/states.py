@@ -7,19 +7,19 @@ resumed run needs is whole at every moment; three where blocks are solved in par
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import nan as NAN
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibration.capture import HessianCapture
 from calibration.hessian import LayerStats
 from qtool.errors import ConfigError, naming
-from qtool.model import BlockwiseModel
+from qtool.model import BlockwiseModel, instead_of
 
 STATES_FILES = ("states.0", "states.1", "states.2")
 """The third where a block's step ends only after the next block's: then three steps are of use."""
@@ -121,16 +121,6 @@ def without_experts(model: BlockwiseModel, index: int) -> Iterator[None]:
         return
     with instead_of(model.skeleton.get_submodule(name), lambda hidden, *routes, **named: torch.full_like(hidden, NAN)):
         yield
-
-
-@contextmanager
-def instead_of(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """`forward` in the place of the module's own."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # uncovers the class's own
 
 
 def calibrate_and_advance(model: BlockwiseModel, index: int, states: HiddenStates) -> tuple[dict[str, LayerStats], int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
+from formats.encoding.ternary_rans import SEGMENT_INPUTS, TernaryRans
 from formats.header import TensorEntry
 from formats.layer import SparseOutliers, TernaryLinear
 from formats.layer.ternary import CODINGS
@@ -93,8 +94,6 @@ def share_of_zeros(layer: TernaryLinear) -> float:
 
 def planned_ternary(shape: Shape, *, input_scales: bool) -> MatrixEncoding:
     """What is planned with before a layer is solved: as if no value were likelier than another."""
-    from formats.encoding.ternary_rans import SEGMENT_INPUTS, TernaryRans
-
     segment = math.ceil(shape[1] / SEGMENT_INPUTS) * SEGMENT_INPUTS
     words = math.ceil(math.prod(shape) * math.log2(3) / 16)
     return TernaryRans(segment=segment, words=words, input_scales=input_scales)

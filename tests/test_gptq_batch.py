@@ -33,8 +33,7 @@ def layers(n, out_features, in_features, seed=0):
 
 
 def assert_alike(weights, stats, spec):
-    names = [f"expert {i}" for i in range(len(weights))]
-    for weight, own, (solution, _) in zip(weights, stats, gptq_quantize_all(weights, stats, spec, names), strict=True):
+    for weight, own, (solution, _) in zip(weights, stats, gptq_quantize_all(weights, stats, spec), strict=True):
         alone = gptq_quantize(weight, factorize(own, [weight], spec, "alone"), spec)
         np.testing.assert_array_equal(solution.layer.codes, alone.layer.codes)
         assert torch.equal(solution.decoded, alone.decoded)
@@ -63,7 +62,7 @@ def test_one_that_cannot_be_factored_is_rounded_and_the_others_are_not():
     weights, stats = layers(3, 8, 16)
     stats[1] = LayerStats(torch.full((16, 16), -1.0) - torch.eye(16), 1, torch.ones(16))
     spec = QuantSpec(group_size=8)
-    solved = list(gptq_quantize_all(weights, stats, spec, ["a", "b", "c"]))
+    solved = list(gptq_quantize_all(weights, stats, spec))
     assert [factor is None for _, factor in solved] == [False, True, False]
     np.testing.assert_array_equal(solved[1][0].layer.codes, rtn_quantize(weights[1], spec).layer.codes)
     for index in (0, 2):

@@ -48,6 +48,8 @@ class TernaryStream(Component):
 class TernaryEncoding(MatrixEncoding):
     """Their components: a stream of values, two scales a row, and a factor for every input, where there are any."""
 
+    input_scales: bool = False
+
     @property
     def version(self) -> Version:
         return (1, 2)
@@ -55,11 +57,6 @@ class TernaryEncoding(MatrixEncoding):
     @abstractmethod
     def stream(self, shape: Shape) -> TernaryStream:
         """What holds the values."""
-
-    @property
-    @abstractmethod
-    def has_input_scales(self) -> bool:
-        """Whether there are factors of the inputs (SPEC 7.5.1)."""
 
     @abstractmethod
     def stream_bits(self, shape: Shape) -> int:
@@ -70,7 +67,7 @@ class TernaryEncoding(MatrixEncoding):
             "stream": self.stream(shape),
             "scales": Numbers("scales", "<f2", (shape[0], 2), "a scale"),
         }
-        if self.has_input_scales:
+        if self.input_scales:
             found[INPUT_SCALES] = InputScales(INPUT_SCALES, "<f2", (shape[1],), "an input scale")
         return found
 

@@ -28,16 +28,11 @@ class TernaryDict(TernaryEncoding):
     share_low: int
     share_high: int
     codewords: int
-    input_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.share_low < 1 or self.share_high < 1 or self.share_low + self.share_high >= SHARES:
             shares = f"share_low={brief(self.share_low)}, share_high={brief(self.share_high)}"
             raise FormatError(f"{shares}: must each be 1 or more, together at most {SHARES - 1} (SPEC 7.15)")
-
-    @property
-    def has_input_scales(self) -> bool:
-        return self.input_scales
 
     @property
     def dictionary(self) -> tuple[int, ...]:

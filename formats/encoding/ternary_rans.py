@@ -34,16 +34,11 @@ class TernaryRans(TernaryEncoding):
     name: ClassVar[str] = "ternary_rans"
     segment: int
     words: int
-    input_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.segment < SEGMENT_INPUTS or self.segment % SEGMENT_INPUTS:
             wanted = f"a multiple of {SEGMENT_INPUTS}, above 0"
             raise FormatError(f"segment={brief(self.segment)}: must be {wanted} (SPEC 7.16)")
-
-    @property
-    def has_input_scales(self) -> bool:
-        return self.input_scales
 
     def stream_bits(self, shape: Shape) -> int:
         return 16 * self.words

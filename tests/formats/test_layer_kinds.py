@@ -115,17 +115,22 @@ def test_spec_7_13_any_int8_rows(shape, data):
     check_bits_agree(make_int8(*shape, tuple(sorted(columns))))
 
 
+def check_any_rows(layer, data):
+    """A stripe of rows, and single ones in any order, are those of the whole."""
+    whole, n_rows = rows_of(layer, slice(None)), layer.shape[0]
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, n_rows), st.integers(0, n_rows))))
+    assert torch.equal(rows_of(layer, slice(start, stop)), whole[start:stop])
+    some = torch.tensor(data.draw(st.lists(st.integers(0, n_rows - 1), max_size=5)), dtype=torch.int64)
+    assert torch.equal(rows_of(layer, some), whole[some])
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.integers(1, 6), st.integers(2, 9), st.sampled_from([32, 64, 96]))
 def test_spec_7_14_any_trellis(data, bits, memory, run):
     shape = data.draw(st.tuples(st.integers(1, 200), st.integers(1, 9)))
     layer = make_trellis(*shape, bits, shape[1], memory, run, scaled=bits % 2 == 0)
     check_bits_agree(layer)
-    whole = rows_of(layer, slice(None))
-    start, stop = sorted(data.draw(st.tuples(st.integers(0, shape[0]), st.integers(0, shape[0]))))
-    assert torch.equal(rows_of(layer, slice(start, stop)), whole[start:stop])
-    some = torch.tensor(data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=5)), dtype=torch.int64)
-    assert torch.equal(rows_of(layer, some), whole[some])
+    check_any_rows(layer, data)
 
 
 def test_spec_7_10_columns_of_a_wide_matrix_take_32_bits():

@@ -4,14 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from format_samples import f16
 from golden_samples_1_2 import by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_ternary import phrase as independent_phrase
 from invoke import python
-from test_layer_kinds import check_bits_agree, parts_of, rows_of
+from test_layer_kinds import check_any_rows, check_bits_agree, parts_of
 
 from formats.encoding import encoding_of
 from formats.encoding.ternary_dict import SHARES
@@ -216,11 +215,7 @@ def test_a_tiny_matrix_by_hand(coding):
 def test_spec_7_15_any_ternary_matrix(shape, zeros, lows, coding, data):
     layer = ternary(drawn(zeros, shape, lows, seed=sum(shape)), coding, scaled=shape[1] % 3 == 0)
     check_bits_agree(layer)
-    whole = rows_of(layer, slice(None))
-    start, stop = sorted(data.draw(st.tuples(st.integers(0, shape[0]), st.integers(0, shape[0]))))
-    assert torch.equal(rows_of(layer, slice(start, stop)), whole[start:stop])
-    some = torch.tensor(data.draw(st.lists(st.integers(0, shape[0] - 1), max_size=5)), dtype=torch.int64)
-    assert torch.equal(rows_of(layer, some), whole[some])
+    check_any_rows(layer, data)
 
 
 @pytest.mark.parametrize("coding", CODINGS)
