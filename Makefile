@@ -31,8 +31,8 @@ $(GGUF): | $(STAMP)
 demo: $(GGUF)    ## compress a real 135M model, measure it, and let it write
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/demo.sh $(GGUF) $(BUILD)/demo
 
-test: $(STAMP)   ## run all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)   ## run all tests, a process for each core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(STAMP)  ## formatting, lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -25,7 +25,7 @@ FP16_MAX = 65504.0
 
 
 class PackedCache(DynamicCache):
-    """The cache of one `generate` or of one forward: `model.generate(past_key_values=PackedCache(config, 4))`.
+    """The cache of one `generate` or of one forward: `model.generate(cache=PackedCache(config, 4))`.
 
     Grouped queries, sliding windows, beams and cropping are as in transformers' own, from which all but the rounding
     is. KernelError where the model keeps no keys and values, or other bits are asked for.

@@ -83,7 +83,7 @@ def run_generate(
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
         if kv_bits is not None:
-            options["past_key_values"] = PackedCache(model.config, kv_bits)
+            options["cache"] = PackedCache(model.config, kv_bits)
         ids = model.generate(  # type: ignore[operator]
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

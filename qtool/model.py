@@ -8,7 +8,7 @@ or to pass through, it yields their inputs (`embed`) and turns their final outpu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +242,7 @@ class BlockwiseModel:
         """What makes the model hand its blocks the cache that is asked for, or none."""
         if self._kv_bits is None:
             return {"use_cache": False}
-        return {"use_cache": True, "past_key_values": PackedCache(self.config, self._kv_bits)}
+        return {"use_cache": True, "cache": PackedCache(self.config, self._kv_bits)}
 
     def _emptied(self, value: Any) -> Any:
         """What a block is called with; for a cache an empty one, since each run is of whole windows."""
@@ -260,13 +260,20 @@ class BlockwiseModel:
 
     @contextmanager
     def _patched(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        for index, block in enumerate(self.blocks):
-            block.forward = forward(index)
-        try:
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(instead_of(block, forward(index)))
             yield
-        finally:
-            for block in self.blocks:
-                del block.forward  # uncovers the class's own
+
+
+@contextmanager
+def instead_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in the place of the module's own."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # uncovers the class's own
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

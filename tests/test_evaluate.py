@@ -56,7 +56,7 @@ def test_rounded_keys_and_values_are_those_of_a_cache(tiny_files, family, bits):
     folder, ids = tiny_files.model(family), windows_of(tiny_files)[:6]
     model = load_reference(folder)
     with exact_float32(), torch.no_grad():
-        logits = model(ids, past_key_values=PackedCache(model.config, bits)).logits
+        logits = model(ids, cache=PackedCache(model.config, bits)).logits
         plain = perplexity_of(log_probs(model, ids), ids)
     options = ("--data", tiny_files.text, "--seq-len", SEQ_LEN, "--max-windows", 6)
     result = qtool_json("eval", "perplexity", folder, *options, "--kv-bits", bits, "--baseline", folder)

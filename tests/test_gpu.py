@@ -72,7 +72,7 @@ def test_a_packed_cache_gives_what_it_gives_on_the_cpu(tiny_files, bits):
     for device in ("cuda", "cpu"):
         model = qtool.load(path, device=device, dtype=torch.float32)
         with torch.no_grad():
-            out = model(IDS.to(device), past_key_values=PackedCache(model.config, bits))
+            out = model(IDS.to(device), cache=PackedCache(model.config, bits))
         found.append(out.logits.cpu())
     assert apart(*found) <= 1e-2  # a key on the edge of two codes may fall to either
 

@@ -81,9 +81,9 @@ def test_token_by_token_is_as_all_at_once(tiny_files, family, bits):
     ids = torch.arange(80).view(2, 40) * 3 % 250
     with torch.no_grad():
         plain = model(ids).logits
-        whole = model(ids, past_key_values=PackedCache(model.config, bits)).logits
+        whole = model(ids, cache=PackedCache(model.config, bits)).logits
         cache = PackedCache(model.config, bits)
-        steps = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([7, *[1] * 33], 1)], 1)
+        steps = torch.cat([model(part, cache=cache).logits for part in ids.split([7, *[1] * 33], 1)], 1)
     torch.testing.assert_close(steps, whole, rtol=1e-3, atol=1e-3)
     apart = ((whole - plain).norm() / plain.norm()).item()
     assert 0 < apart < {4: 0.3, 8: 0.02}[bits]
@@ -93,7 +93,7 @@ def test_beams_are_reordered(tiny_files):
     model = qtool.load(tiny_files.compressed("llama"))
     options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     ids = torch.arange(5)[None]
-    by_cache = model.generate(ids, past_key_values=PackedCache(model.config, 8), **options)
+    by_cache = model.generate(ids, cache=PackedCache(model.config, 8), **options)
     assert torch.equal(by_cache, model.generate(ids, **options))
 
 
@@ -101,7 +101,7 @@ def test_what_it_takes_is_counted(tiny_files):
     model = qtool.load(tiny_files.compressed("llama"))
     cache = PackedCache(model.config, 4)
     with torch.no_grad():
-        model(torch.arange(10)[None], past_key_values=cache)
+        model(torch.arange(10)[None], cache=cache)
     n_values = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 10 * 8
     assert cache.n_bytes == n_values // 8 * (4 + 4)  # heads of 8: 4 bytes of codes, a step and a smallest value
 
