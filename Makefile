@@ -32,7 +32,7 @@ demo: $(GGUF)    ## compress a real 135M model, measure it, and let it write
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/demo.sh $(GGUF) $(BUILD)/demo
 
 test: $(STAMP)   ## run all tests, a process for each core
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: $(STAMP)  ## formatting, lint, types, import contract
 	$(BIN)/ruff format --check .
