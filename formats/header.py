@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 from formats.encoding import Encoding, Shape, Version, align, encoding_from_fields, field_names
 from formats.errors import FormatError, error_context
 from formats.preamble import OLDEST_VERSION, PREAMBLE_BYTES
-from formats.strict_json import JsonCursor, as_integer, as_list, as_object, as_text, brief
+from formats.strict_json import MAX_ENTRIES, JsonCursor, as_integer, as_list, as_object, as_text, brief, max_entries
 
 SECTION_ALIGNMENT = 256
 MAX_DICTIONARIES = 32
+MANY_SECTIONS = (1, 3)
+"""The version that allows more than 1.0 does (SPEC 4.1.1)."""
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**48
 MAX_TENSOR_NAME_BYTES = 1024
@@ -91,7 +93,8 @@ class Header:
     @property
     def version(self) -> Version:
         """The lowest that has all that the file uses (SPEC 2.3.2)."""
-        return max([OLDEST_VERSION, *(entry.encoding.version for entry in self.tensors)])
+        many = [MANY_SECTIONS] if len(self.tensors) + len(self.files) > MAX_ENTRIES else []
+        return max([OLDEST_VERSION, *many, *(entry.encoding.version for entry in self.tensors)])
 
     def sections(self) -> list[Section]:
         """Every section in the order of the file; an empty file comes before what starts where it lies."""
@@ -114,7 +117,7 @@ def serialise_header(header: Header) -> bytes:
 def parse_header(data: bytes, header_offset: int) -> Header:
     """The header of a file whose header starts at `header_offset`, every claim checked."""
     with error_context("header"):
-        return _parse_header(JsonCursor(data), header_offset)
+        return _parse_header(JsonCursor(data, max_entries(header_offset)), header_offset)
 
 
 def _parse_header(cursor: JsonCursor, header_offset: int) -> Header:

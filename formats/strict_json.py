@@ -16,7 +16,8 @@ from formats.errors import FormatError
 MAX_DEPTH = 64  # deep enough for any model config, far from the recursion limit of any JSON library
 MAX_ENTRY_CHARS = 2**14  # a name of 1024 bytes takes 6144, if every one is escaped
 MAX_FREE_CHARS = 2**19
-MAX_ENTRIES = 2**14  # opening the largest header there can be takes less than a second
+MAX_ENTRIES = 2**14  # of a file of any size: opening it takes less than a second
+BYTES_OF_ENTRY = 2**16  # a file with more entries has so many bytes for each: what it costs is paid by its size
 
 _CHUNK_BYTES = 2**18
 _SPACE = re.compile(r"[ \t\n\r]*+")
@@ -29,8 +30,8 @@ _Parse: TypeAlias = Callable[[str, int], tuple[Any, int]]
 class JsonCursor:
     """A place in the bytes of one JSON object. Only a window of them is decoded at a time."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, data: bytes, max_entries: int = MAX_ENTRIES) -> None:
+        self._data, self._max_entries = data, max_entries
         self._n_decoded = 0
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._text, self._at = "", 0
@@ -60,8 +61,8 @@ class JsonCursor:
             raise FormatError(f"{label} must be a list (SPEC 3.3)")
         for _ in self._items("[]"):
             self._n_entries += 1
-            if self._n_entries > MAX_ENTRIES:
-                raise FormatError(f"more than {MAX_ENTRIES} sections (SPEC 4.1.1)")
+            if self._n_entries > self._max_entries:
+                raise FormatError(f"more than {self._max_entries} sections (SPEC 4.1.1)")
             item, _ = self._take(self._parse_flat, MAX_ENTRY_CHARS)
             yield _unique_keys(item) if isinstance(item, tuple) else item
 
@@ -127,6 +128,11 @@ class JsonCursor:
             except UnicodeDecodeError as error:
                 raise FormatError(f"not UTF-8: {error.reason} (SPEC 3.1)") from error
             self._text, self._at = self._text[self._at :] + decoded, 0
+
+
+def max_entries(n_bytes: int) -> int:
+    """The sections that a file with `n_bytes` in front of its header may have (SPEC 4.1.1)."""
+    return max(MAX_ENTRIES, n_bytes // BYTES_OF_ENTRY)
 
 
 def as_object(label: str, value: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calibration.windows import TokenWindows
-from formats.strict_json import MAX_ENTRIES
+from formats.strict_json import max_entries
 from qtool.budget import Budget, check_disk_for_states, plan_budget
 from qtool.checkpoint import Checkpoint
 from qtool.errors import ConfigError
@@ -64,11 +64,7 @@ def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: C
         warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")
     plan = plan_tensors(model, recipe)
     files = embedded_files(checkpoint, tokenizer)
-    if len(plan) + len(files) > MAX_ENTRIES:
-        raise ConfigError(
-            f"{checkpoint.name}: has {len(plan)} tensors, two or more for each expert; "
-            f"a file holds {MAX_ENTRIES} (SPEC 4.1.1)"
-        )
+    _check_sections(checkpoint.name, plan, len(files))
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -78,6 +74,16 @@ def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: C
         files=files,
         read_sources=cache(partial(source_files, checkpoint)),
     )
+
+
+def _check_sections(name: str, plan: list[TensorPlan], n_files: int) -> None:
+    """Refuse now what the writer would refuse at the end; ternary weights may take an eighth of what is planned."""
+    n_bytes = sum(tensor.encoding.section_bytes(tensor.shape) for tensor in plan) // 8
+    if len(plan) + n_files > max_entries(n_bytes):
+        raise ConfigError(
+            f"{name}: has {len(plan)} tensors, two or more for each expert; "
+            f"a file of its size holds {max_entries(n_bytes)} (SPEC 4.1.1)"
+        )
 
 
 def meet_target(job: Job, options: RunOptions, journal: Journal, warn: Callable[[str], None]) -> Job:

@@ -20,13 +20,14 @@ import numpy as np
 from independent_encodings import ENCODINGS, Refused, align, check_encoding, must, placed
 from independent_values import decode
 
-VERSION = (1, 2)
+VERSION = (1, 3)
 MAGIC = b"\x89QTM\r\n\x1a\n"
 MAX_HEADER_BYTES = 16777216
 MAX_DEPTH = 64
 MAX_ENTRY_CHARS = 16384
 MAX_FREE_CHARS = 524288
 MAX_SECTIONS = 16384
+SECTION_SHARE = 65536
 
 # Exact types (`type(x) in`): True is an int to isinstance, and no integer to the specification.
 HEADER = {"tensors": list, "files": list, "model": dict, "recipe": dict, "provenance": dict, "quality": dict}
@@ -53,7 +54,7 @@ def read_bytes(data: bytes) -> Contents:
     header_offset = len(data) - len(raw_header)
     try:
         header = parse(raw_header)
-        check_header(header)
+        check_header(header, header_offset)
         check_tiling(header, header_offset)
     except Refused as error:
         if version <= VERSION:
@@ -148,9 +149,10 @@ def integer(text: str) -> int:
     return int(text)
 
 
-def check_header(header: Any) -> None:
+def check_header(header: Any, header_offset: int) -> None:
     check_fields("header", header, HEADER, {})
-    must(len(header["tensors"]) + len(header["files"]) <= MAX_SECTIONS, "4.1.1", "too many sections")
+    most = max(MAX_SECTIONS, header_offset // SECTION_SHARE)
+    must(len(header["tensors"]) + len(header["files"]) <= most, "4.1.1", "too many sections")
     for entry in header["tensors"]:
         check_tensor(entry)
     for entry in header["files"]:

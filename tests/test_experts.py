@@ -277,10 +277,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, 
 
 
 def test_more_tensors_than_a_file_holds_are_refused_before_anything_is_done(tiny_files, tmp_path, monkeypatch):
-    monkeypatch.setattr("qtool.job.MAX_ENTRIES", 50)
+    monkeypatch.setattr("formats.strict_json.MAX_ENTRIES", 50)
     folder = tiny_files.model("qwen2_moe")
     message = refusal("compress", folder, "-o", tmp_path / "out.qtm", *tiny_files.compress_options())
-    assert message.startswith(f"{folder}: has ") and message.endswith("; a file holds 50 (SPEC 4.1.1)")
+    assert message.startswith(f"{folder}: has ") and message.endswith("; a file of its size holds 50 (SPEC 4.1.1)")
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from format_samples import write_items, write_tiny
 from golden_samples import FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from independent_reader import MAX_ENTRY_CHARS, MAX_FREE_CHARS
+from independent_reader import MAX_ENTRY_CHARS, MAX_FREE_CHARS, Refused
 from invoke import python
 from layer_samples import LAYERS
 from test_house import imported_packages
@@ -30,9 +30,11 @@ from formats.layer import QuantizedLinear, TernaryLinear
 from formats.preamble import build_preamble
 from formats.reader import QtmFile
 from formats.section import pack
+from formats.strict_json import BYTES_OF_ENTRY, MAX_ENTRIES
 
 ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "formats" / "SPEC.md"
+FREE = ("model", "recipe", "provenance", "quality")
 
 
 def test_the_second_reader_imports_only_numpy_and_the_standard_library():
@@ -223,6 +225,33 @@ def test_spec_4_1_1_both_readers_count_sections():
     assert both_read(claim(empty, header))
     header["files"].append({"name": "one more", **entry})
     assert not both_read(claim(empty, header))
+
+
+def test_spec_4_1_1_a_large_file_may_have_more_sections(tmp_path):
+    """One tensor and empty files behind it; its values are a hole of the disk's."""
+    for n_sections, n_bytes, good in (
+        (MAX_ENTRIES + 1, (MAX_ENTRIES + 1) * BYTES_OF_ENTRY, True),
+        (MAX_ENTRIES + 1, (MAX_ENTRIES + 1) * BYTES_OF_ENTRY - 256, False),
+        (MAX_ENTRIES, 512, True),
+    ):
+        tensor = {"name": "w", "shape": [n_bytes // 2 - 128], "encoding": "dense", "dtype": "F16"}
+        sections = [tensor | {"offset": 256, "bytes": n_bytes - 256, "sha256": "0" * 64}]
+        sections += [{"name": f"{i}", "offset": n_bytes, "bytes": 0, "sha256": "0" * 64} for i in range(n_sections - 1)]
+        header = {"tensors": sections[:1], "files": sections[1:]} | {name: {} for name in FREE}
+        raw, path = json.dumps(header).encode(), tmp_path / f"{n_sections}-{n_bytes}.qtm"
+        with open(path, "wb") as file:
+            file.write(build_preamble(n_bytes, raw))
+            file.seek(n_bytes)
+            file.write(raw)
+        if good:
+            with QtmFile.open(path) as opened:
+                assert opened.header.version == ((1, 3) if n_sections > MAX_ENTRIES else (1, 0))
+            independent_reader.check_header(header, n_bytes)
+        else:
+            with pytest.raises(FormatError, match=r"header: more than 16384 sections \(SPEC 4.1.1\)"):
+                QtmFile.open(path)
+            with pytest.raises(Refused, match=r"SPEC 4.1.1"):
+                independent_reader.check_header(header, n_bytes)
 
 
 def test_spec_7_15_6_both_readers_count_dictionaries():

@@ -73,7 +73,7 @@ def test_spec_2_3_3_a_newer_minor_version_says_what_is_new_and_both_versions(cha
     change(header)
     for line in refusals(claim(V1.read_bytes(), header, version=(1, 7)), tmp_path / "newer.qtm"):
         assert named in line
-        assert "1.7" in line and "1.2" in line
+        assert "1.7" in line and "1.3" in line
 
 
 def test_spec_2_3_3_this_version_is_not_blamed_on_a_newer_one():
