@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,13 +125,20 @@ class RoutedTokens:
                     continue
         self._route(torch.cat(chosen), torch.cat(weights))
         self._inputs = self._map(INPUTS_FILE, "r")
-        self._outputs = self._map(OUTPUTS_FILE, "w+")
+        self._reserve(OUTPUTS_FILE)
+        self._outputs = self._map(OUTPUTS_FILE, "r+")
 
     def _route(self, chosen: Tensor, weights: Tensor) -> None:
         rows, slots, self.counts = self.mixture.experts.routed(chosen)
         self._rows = rows.split(self.counts)
         self._weights = weights.reshape(-1)[slots].split(self.counts)
         self._n_tokens = len(chosen)
+
+    def _reserve(self, name: str) -> None:
+        """A file of zeros, as large as the inputs: a full disk is an error now, where the map would crash."""
+        path = self._folder / name
+        with naming(path), open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, (self._folder / INPUTS_FILE).stat().st_size)
 
     def _map(self, name: str, mode: Any) -> np.memmap[Any, Any]:
         path = self._folder / name
@@ -189,12 +197,13 @@ class RoutedTokens:
 
     def _add_outputs(self, numbers: Iterable[int]) -> None:
         """Add what some experts make of their tokens to the mixture's output."""
+        outputs = torch.from_numpy(self._outputs)
         for number in numbers:
             parts = (part[number].split(TOKENS_PER_BATCH) for part in (self._rows, self._weights))
             for rows, weights in zip(*parts, strict=True):
                 if len(rows):
                     given = self.mixture.experts.run(number, self._gather(rows)) * weights[:, None]
-                    self._outputs[rows.numpy()] += given.numpy()
+                    outputs.index_add_(0, rows, given)  # a token may have chosen an expert twice
             self._drop_pages()
 
     def _gather(self, rows: Tensor) -> Tensor:

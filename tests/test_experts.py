@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -110,6 +112,31 @@ def test_an_experts_statistics_and_outputs_are_those_of_the_whole_block(tiny_fil
     assert sum(tokens.counts) == 3 * 48 * 2  # two experts a token
     tokens.remove()
     assert not list(tmp_path.glob("experts.*"))
+
+
+def test_an_expert_that_a_token_chose_twice_counts_twice(tiny_files, tmp_path):
+    with exact_float32():
+        mixture, states, _, _ = _first_mixture("mixtral", tiny_files, tmp_path)
+        with mixture.model.block(mixture.index, experts=False):
+            tokens = RoutedTokens(mixture, states)
+            x = torch.from_numpy(tokens._inputs.copy())
+            chosen, weights = torch.tensor([[1, 1]]).repeat(len(x), 1), torch.tensor([[0.25, 0.5]]).repeat(len(x), 1)
+            tokens._route(chosen, weights)
+            tokens.visit(0, lambda names, found: None)
+            with mixture.in_memory([1]):
+                torch.testing.assert_close(torch.from_numpy(tokens._outputs), 0.75 * mixture.experts.run(1, x))
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_mixture(tiny_files, tmp_path, monkeypatch):
+    """Not a crash when its file, which is mapped, is written to."""
+
+    def full(descriptor, offset, n_bytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mixture_module.os, "posix_fallocate", full)
+    message = refusal("compress", tiny_files.model("mixtral"), "-o", tmp_path / "a.qtm", *tiny_files.compress_options())
+    assert message.startswith(f"{tmp_path}/a.qtm.work/experts.outputs: No space left on device; ")
+    assert message.endswith("make room and run again")
 
 
 def test_an_expert_with_few_tokens_is_calibrated_on_those_of_all(tiny_files, tmp_path):
