@@ -122,6 +122,10 @@ def _linears(
             raise ConfigError(
                 f"{_given('scale_search', chosen['scale_search'])}: ternary has --ternary-grid mse for it"
             )
+        if chosen.get("symmetric"):
+            raise ConfigError("--sym: ternary has no zeros to choose; leave it out")
+        if effort != "default":
+            raise ConfigError(f"--effort {effort}: ternary is solved in one way; leave it out")
         return _ternary(method, grid, chosen)
     if method == "spqr":
         method = "gptq"
