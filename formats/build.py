@@ -44,6 +44,7 @@ def build_model(
         raise FormatError(f"{file.label}: tensor {missing[0]!r} is missing; the model's config implies it (SPEC 3.4.1)")
     builder.finish()
     model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+    model.tie_weights = _are_tied  # type: ignore[method-assign]
     if GENERATION_CONFIG in file.files:
         model.generation_config = generation_config(file)
     return model
@@ -52,6 +53,10 @@ def build_model(
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """transformers would write sections without saying what they are, and read weights of its own making back."""
     raise FormatError("a model that qtool.load made is not saved: its file is; for a folder, qtool export FILE")
+
+
+def _are_tied(*args: Any, **kwargs: Any) -> None:
+    """Tied weights share their section already; transformers would look for the parameters that they no longer are."""
 
 
 class _Builder:

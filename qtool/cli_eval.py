@@ -100,3 +100,30 @@ def kl(model: str, as_json: bool, **options: Any) -> None:
 
     result = commands.run_kl(model, **options)
     emit(result, commands.format_kl(result), as_json)
+
+
+@evaluate.command()
+@click.argument("model")
+@click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-eval, as arc_easy,hellaswag.")
+@click.option("--limit", type=int, metavar="N", help="Questions of each task.  [default: all]")
+@click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question.  [default: the task's own]")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Questions asked together.")
+@click.option("--baseline", metavar="MODEL", help="Model or file whose scores stand beside.")
+@click.option(
+    "--include-path", type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder of task files (.yaml) of your own, which may name local data.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@json_option
+def tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
+    """Scores of MODEL (a .qtm file, a folder or a hub id) in tasks of lm-eval; needs the extra `tasks`.
+
+    \b
+    qtool eval tasks model.qtm --tasks arc_easy,hellaswag --limit 200
+    qtool eval tasks model.qtm --tasks arc_easy --baseline ./my-model --json
+    qtool eval tasks model.qtm --tasks my_task --include-path ./my-tasks
+    """
+    from qtool.tasks import evaluate_tasks, format_tasks
+
+    result = evaluate_tasks(model, [name for name in tasks.split(",") if name.strip()], **options)
+    emit(result, format_tasks(result), as_json)
