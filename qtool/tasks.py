@@ -149,8 +149,8 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
