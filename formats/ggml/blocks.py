@@ -67,8 +67,7 @@ class Blocks:
         else:
             if self.form.bits == 5:
                 parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
-            low = codes & 15
-            parts.append(low[..., :16] | low[..., 16:] << 4)
+            parts.append(pack_nibbles(codes & 15))
         return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
 
 
@@ -82,11 +81,21 @@ def unpack(kind: str, rows: U8) -> Blocks:
     if form.bits == 8:
         codes = blocks[..., start:] + np.uint8(form.offset)
     else:
-        packed = blocks[..., -16:]
-        codes = np.concatenate([packed & 15, packed >> 4], axis=-1)
+        codes = unpack_nibbles(blocks[..., -16:])
         if form.bits == 5:
             codes |= np.unpackbits(blocks[..., start : start + 4], axis=-1, bitorder="little") << 4
     return Blocks(kind, codes.reshape(len(rows), -1), d, m)
+
+
+def pack_nibbles(codes: U8) -> U8:
+    """[..., 32] of 4 bits -> [..., 16]: the second half lies above the first."""
+    packed: U8 = codes[..., :16] | codes[..., 16:] << 4
+    return packed
+
+
+def unpack_nibbles(packed: U8) -> U8:
+    """The way back."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
 def as_bytes(values: npt.NDArray[Any]) -> U8:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from formats.ggml.blocks import FORMS, Blocks
-from formats.ggml.k_blocks import KBlocks
-from formats.ggml.types import BLOCK
-from formats.layer import Int8Linear, Layer, QuantizedLinear
+from formats.ggml.blocks import F16, FORMS, Blocks
+from formats.ggml.k_blocks import K_FORMS, KBlocks
+from formats.ggml.levels import LEVELS, LevelBlocks
+from formats.ggml.types import BLOCK, SUPER_BLOCK
+from formats.layer import AffineLinear, CodebookLinear, Int8Linear, Layer, Products, QuantizedLinear
 
 I16 = npt.NDArray[np.int16]
-F16 = npt.NDArray[np.float16]
-SMALLEST_FIRST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+AnyBlocks: TypeAlias = Blocks | KBlocks | LevelBlocks
+SMALLEST_FIRST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", *K_FORMS)
+"""As far as several can hold a layer; one of the last holds what was made of it alone."""
 
 
 class NotWhole(Exception):
@@ -119,8 +122,13 @@ def _with_minimum(steps: Steps, kind: str, low: I16, high: I16) -> Blocks | None
     return None
 
 
-def exact(layer: Layer, kinds: Sequence[str]) -> Blocks | KBlocks:
+def exact(layer: Layer, kinds: Sequence[str] = SMALLEST_FIRST) -> AnyBlocks:
     """The weight in the first of these types that holds it; NotWhole with the reason where none does."""
+    if isinstance(layer, AffineLinear | CodebookLinear):
+        blocks = _own_kind(layer)
+        if blocks is not None and blocks.kind in kinds:
+            return blocks
+        raise NotWhole(f"weights are stored as {layer.encoding.name}, not in equal steps")
     steps = steps_of(layer)
     for kind in kinds:
         if kind in FORMS and (blocks := exact_blocks(steps, kind)) is not None:
@@ -128,3 +136,45 @@ def exact(layer: Layer, kinds: Sequence[str]) -> Blocks | KBlocks:
     low, high = int(steps.integers.min()), int(steps.integers.max())
     tried = " or ".join(kind for kind in kinds if kind in FORMS) or "such types"
     raise NotWhole(f"steps from {low} to {high} do not fit {tried}")
+
+
+def _own_kind(layer: AffineLinear | CodebookLinear) -> AnyBlocks | None:
+    """The blocks that a layer has the numbers of, if there are such: what `layer_of` made of them."""
+    block_of_group = layer.group_size // BLOCK if layer.group_size % BLOCK == 0 else 0
+    if layer.in_features % BLOCK or (block_of_group == 0 and layer.group_size != 16):
+        return None
+    if isinstance(layer, CodebookLinear):
+        if _is_iq4_nl(layer) and isinstance(layer.scales, np.ndarray) and block_of_group:
+            return LevelBlocks("IQ4_NL", layer.codes, _for_blocks(layer.scales, block_of_group, layer.in_features))
+        return None
+    if isinstance(layer.scales, np.ndarray) and isinstance(layer.minima, np.ndarray):
+        kind = {4: "Q4_1", 5: "Q5_1"}.get(layer.bits)
+        if kind is None or not block_of_group:
+            return None
+        d, m = (_for_blocks(values, block_of_group, layer.in_features) for values in (layer.scales, layer.minima))
+        return Blocks(kind, layer.codes, d, m)
+    return _k_kind(layer)
+
+
+def _k_kind(layer: AffineLinear) -> KBlocks | None:
+    scales, minima = layer.scales, layer.minima
+    for kind, form in K_FORMS.items():
+        wanted = (form.bits, form.group, form.stat_bits, form.n_groups, not form.has_min)
+        if layer.in_features % SUPER_BLOCK or not isinstance(scales, Products) or isinstance(minima, np.ndarray):
+            return None
+        if wanted == (layer.bits, layer.group_size, scales.bits, scales.groups, layer.symmetric):
+            if minima is None:
+                return KBlocks(kind, layer.codes, scales.codes, scales.units)
+            return KBlocks(kind, layer.codes, scales.codes, scales.units, minima.codes, minima.units)
+    return None
+
+
+def _is_iq4_nl(layer: CodebookLinear) -> bool:
+    beside = layer.outliers is not None or (layer.input_scales is not None and bool((layer.input_scales != 1).any()))
+    levels = layer.level_values()
+    return not beside and len(levels) == 16 and bool((levels == np.array(LEVELS["IQ4_NL"], np.float32)).all())
+
+
+def _for_blocks(values: F16, blocks_of_group: int, n_inputs: int) -> F16:
+    """[rows, G] -> [rows, in / 32]"""
+    return np.repeat(values, blocks_of_group, axis=1)[:, : n_inputs // BLOCK]

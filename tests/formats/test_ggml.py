@@ -91,7 +91,7 @@ def whole_layers(draw):
 def test_what_fits_is_exact(layer):
     """Every type that says it holds a layer decodes to the very same numbers, and some type must."""
     want, steps, found = layer.dequantize(), steps_of(layer), []
-    for kind in SMALLEST_FIRST:
+    for kind in FORMS:
         if (blocks := exact_blocks(steps, kind)) is not None:
             found.append(kind)
             assert np.array_equal(oracle(blocks.pack(), kind), want), kind

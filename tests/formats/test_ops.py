@@ -63,7 +63,7 @@ def test_every_kernel_has_the_reference_s_numbers(layer, name):
     kernels, section, want = load_kernels(name), section_of(layer), torch.from_numpy(dequantize(layer))
     where = encoding_of(layer), layer.shape
     if name == "cuda" and isinstance(layer, AffineLinear):  # the loader decodes it once
-        with pytest.raises(KernelError, match="^affine: there is no GPU kernel for this encoding$"):
+        with pytest.raises(KernelError, match=r"^affine: there is no GPU kernel for this encoding$"):
             kernels.decode(section, *where, torch.float32)
         return
     ids = torch.tensor([layer.out_features - 1, 0, 0])
