@@ -251,7 +251,7 @@ def test_spec_7_8_what_later_versions_may_bring_is_unknown_to_this_one(tiny, enc
     header["tensors"][0]["encoding"] = encoding
     refuses(
         claim(tiny, header),
-        r"header: tensor 'w': unknown encoding .*this reader knows codebook, dense, .*, uniform \(SPEC 7\)",
+        r"header: tensor 'w': unknown encoding .*this reader knows affine, codebook, dense, .*, uniform \(SPEC 7\)",
     )
 
 
