@@ -96,10 +96,21 @@ EXPERTS: dict[str, dict[str, Any]] = {  # fused 3-D expert tensors
 }
 
 
-def make_model(family: str, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
-    """A random model of `family` saved to `folder` with its tokenizer; `save` goes to save_pretrained."""
+def make_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    sizes: dict[str, Any] | None = None,
+    **save: Any,
+) -> Path:
+    """A random model of `family`, of other `sizes` than usual, saved to `folder` with its tokenizer.
+
+    save: goes to save_pretrained.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(FAMILIES | EXPERTS)[family])
+    config = AutoConfig.for_model(family, **((FAMILIES | EXPERTS)[family] | (sizes or {})))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
