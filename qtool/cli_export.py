@@ -13,9 +13,9 @@ from qtool.cli_options import emit, json_option
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(["dense", "transformers", "gptq"]), required=True,
+    "--to", type=click.Choice(["dense", "transformers", "gptq", "compressed-tensors", "awq"]), required=True,
     help="dense: a Hugging Face folder of decoded weights; transformers: one as small as FILE, for programs that "
-    "import qtool; gptq: one that other engines load.",
+    "import qtool; gptq, compressed-tensors, awq: one that other engines load.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
 @click.option(

@@ -56,6 +56,8 @@ def run_export(
     overwrite: bool = False,
 ) -> ExportReport:
     """Write FILE in the format `to`."""
+    from formats.export.awq import export_awq
+    from formats.export.compressed_tensors import export_compressed_tensors
     from formats.export.dense import export_dense
     from formats.export.gptq import export_gptq
     from formats.export.packed import export_packed
@@ -71,8 +73,12 @@ def run_export(
             return export_packed(opened, output, overwrite=overwrite)
         if to == "dense":
             return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
-        version = 2 if gptq_version is None else gptq_version
-        return export_gptq(opened, output, version=version, dtype=dtype, lossy=lossy, overwrite=overwrite)
+        options: dict[str, Any] = {"dtype": dtype, "lossy": lossy, "overwrite": overwrite}
+        if to == "compressed-tensors":
+            return export_compressed_tensors(opened, output, **options)
+        if to == "awq":
+            return export_awq(opened, output, **options)
+        return export_gptq(opened, output, version=2 if gptq_version is None else gptq_version, **options)
 
 
 def format_export(output: Path, report: ExportReport) -> str:

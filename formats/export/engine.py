@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,6 @@ class _Linear:
 class Engine(ABC):
     """How a format stores linears, and says so."""
 
-    name: ClassVar[str]
     carrier: Carrier
 
     @abstractmethod
@@ -144,7 +143,7 @@ class _Export:
             what = ", ".join(f"{reason} ({count} tensors)" for reason, count in reasons.items())
             worst = max(losses, key=lambda loss: loss.error)
             raise FormatError(
-                f"{self._file.label}: {self._engine.name} cannot hold {what}; --lossy rounds them again, which adds "
+                f"{self._file.label}: {carrier.name} cannot hold {what}; --lossy rounds them again, which adds "
                 f"an error of up to {100 * worst.error:.3g}% ({worst.name})"
             )
 

@@ -36,11 +36,9 @@ def export_gptq(
 
 
 class _Gptq(Engine):
-    name = "gptq"
-
     def __init__(self, version: int) -> None:
         self.version = version
-        self.carrier = Carrier(f"gptq version {version}", BITS, least_zero=1 if version == 1 else 0)
+        self.carrier = Carrier("gptq version 1", BITS, least_zero=1) if version == 1 else Carrier("gptq", BITS)
 
     def check(self, shape: tuple[int, int], form: Form) -> None:
         check_shape(shape)

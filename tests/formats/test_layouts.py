@@ -1,5 +1,7 @@
 """Layouts of other engines: known words, then what holds for any shape."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,10 @@ from hypothesis import strategies as st
 
 from formats.errors import FormatError
 from formats.layer import QuantizedLinear
+from formats.layouts.awq import pack_awq
 from formats.layouts.bitstream import pack_stream, stream_words, unpack_stream
 from formats.layouts.gptq import pack_gptq
+from formats.layouts.pack_quantized import pack_quantized
 
 # export-layouts: K=64, N=32, g=32; checked against GPTQModel's own packer.
 QWEIGHT = {
@@ -102,3 +106,26 @@ def test_gptq_version_1_has_no_zero_of_0():
     layer.zeros[3, 1] = 0
     with pytest.raises(FormatError, match="a zero is 0: version 1 of gptq has 1 and more"):
         pack_gptq(layer, version=1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compressed_tensors_known_words(bits):
+    """Its first row has the codes of the first column of GPTQ's."""
+    layer = replace(sample(bits), zeros=None)
+    arrays = pack_quantized(layer)
+    assert as_words(arrays["weight_packed"][0])[: len(words(QWEIGHT[bits][0]))] == words(QWEIGHT[bits][0])
+    assert arrays["weight_shape"].tolist() == [32, 64]
+    assert arrays["weight_scale"].tolist() == [[0.5, 0.75]] * 32
+    with pytest.raises(FormatError, match="symmetric layers only"):
+        pack_quantized(sample(bits))
+
+
+def test_awq_known_words():
+    """Outputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble up."""
+    layer = sample(4)
+    arrays = pack_awq(layer)
+    codes = layer.codes[:8, 0]  # 3 n mod 16: 0 3 6 9 c f 2 5
+    assert codes.tolist() == [0, 3, 6, 9, 12, 15, 2, 5]
+    assert as_words(arrays["qweight"][0])[0] == 0x5F93_2C60
+    assert as_words(arrays["qzeros"][0])[0] == 0x8642_7531  # zeros 1 to 8
+    assert arrays["qweight"].shape == (64, 4) and arrays["scales"].shape == (2, 32)
