@@ -11,6 +11,7 @@ import click
 from qtool import __version__
 from qtool.cli_compress import compress
 from qtool.cli_eval import evaluate
+from qtool.cli_export import export
 from qtool.cli_group import CommandGroup
 from qtool.cli_options import emit, json_option, kv_bits_option, text_field_option
 from qtool.cli_plot import plot
@@ -18,7 +19,7 @@ from qtool.cli_plot import plot
 
 @click.group(
     cls=CommandGroup,
-    commands=[compress, evaluate, plot],
+    commands=[compress, evaluate, plot, export],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="qtool")
@@ -145,33 +146,6 @@ def warm(file: Path, device: str, tokens: str, as_json: bool) -> None:
 
     rows = finished.run_warm(file, device, tokens)
     emit({"file": str(file), "kernels": rows}, finished.format_warm(rows), as_json)
-
-
-@main.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--to", type=click.Choice(["dense", "transformers"]), required=True,
-    help="A Hugging Face folder. dense: of decoded weights; transformers: as small as FILE, for programs that "
-    "import qtool.",
-)  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="dense: of its weights.  [default: float32, which holds them exactly]",
-)  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
-@json_option
-def export(file: Path, to: str, output: Path, dtype: str | None, force: bool, as_json: bool) -> None:
-    """Write the model in FILE as a folder that other tools load.
-
-    \b
-    qtool export model.qtm --to dense -o ./decoded
-    qtool export model.qtm --to transformers -o ./packed
-    """
-    from qtool import finished
-
-    names = finished.run_export(file, to, output, dtype=dtype, overwrite=force)
-    emit({"folder": str(output), "to": to, "files": names}, f"{output}: {', '.join(names)}", as_json)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -12,6 +12,9 @@ from formats.device import ready_device
 from formats.reader import QtmFile
 from qtool.errors import CheckpointError, ConfigError
 from qtool.numerics import quiet_transformers
+
+if TYPE_CHECKING:
+    from formats.export.report import ExportReport
 
 
 def run_warm(file: Path, device: str, tokens: str) -> list[dict[str, Any]]:
@@ -42,17 +45,51 @@ def format_warm(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run_export(file: Path, to: str, output: Path, *, dtype: str | None, overwrite: bool) -> list[str]:
-    """The names of the folder's files."""
+def run_export(
+    file: Path,
+    to: str,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    gptq_version: int | None = None,
+    lossy: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write FILE in the format `to`."""
+    from formats.export.awq import export_awq
+    from formats.export.compressed_tensors import export_compressed_tensors
     from formats.export.dense import export_dense
+    from formats.export.gptq import export_gptq
     from formats.export.packed import export_packed
 
     if to == "transformers" and dtype is not None:
-        raise ConfigError(f"--dtype {dtype}: is for --to dense; give it to from_pretrained, or leave it out")
+        raise ConfigError(f"--dtype {dtype}: is not for --to {to}; give it to from_pretrained, or leave it out")
+    if to != "gptq" and gptq_version is not None:
+        raise ConfigError(f"--gptq-version {gptq_version}: is for --to gptq; leave it out")
+    if to in ("dense", "transformers") and lossy:
+        raise ConfigError(f"--lossy: --to {to} holds everything; leave it out")
     with QtmFile.open(file) as opened, quiet_transformers():
         if to == "transformers":
             return export_packed(opened, output, overwrite=overwrite)
-        return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
+        if to == "dense":
+            return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
+        options: dict[str, Any] = {"dtype": dtype, "lossy": lossy, "overwrite": overwrite}
+        if to == "compressed-tensors":
+            return export_compressed_tensors(opened, output, **options)
+        if to == "awq":
+            return export_awq(opened, output, **options)
+        return export_gptq(opened, output, version=2 if gptq_version is None else gptq_version, **options)
+
+
+def format_export(output: Path, report: ExportReport) -> str:
+    """The files, and what they do not hold as it was."""
+    text = f"{output}: {', '.join(report.files)}"
+    if not report.losses:
+        return text
+    worst = max(report.losses, key=lambda loss: loss.error)
+    rows = [f"{loss.name}: {loss.reason}, error {100 * loss.error:.3g}%" for loss in report.losses]
+    lines = "\n".join(rows)
+    return f"{text}\n{lines}\n{len(rows)} tensors were rounded again, {worst.name} lost most: {100 * worst.error:.3g}%"
 
 
 def run_generate(

@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run without a GPU;
 
 from invoke import run_qtool
 from targeting import FAST, MEASURED
-from tiny import make_model, silence
+from tiny import WIDE, make_model, silence
 
 WORDS = ["the", "of", "and", "in", "is", "it", "with", "for", "was", "that", "from", "not", "be", "one", "what", "when"]
 SMALL = ("--samples", "4", "--seq-len", "64", "--group-size", "16")
@@ -33,6 +33,8 @@ class TinyFiles:
         self.text.write_text(" ".join(rng.choices(WORDS, k=500)) + ".\n", encoding="utf-8")
         self.model = cache(self._model)
         self.compressed = cache(self._compressed)
+        self.wide_model = cache(self._wide_model)
+        self.wide = cache(self._wide)
 
     def compress_options(self, *options: str) -> tuple[str, ...]:
         """Options of a compress run that takes a fraction of a second; later ones win."""
@@ -42,8 +44,18 @@ class TinyFiles:
         return make_model(family, self.folder / family)
 
     def _compressed(self, family: str, *options: str) -> Path:
-        output = self.folder / f"{family}{''.join(options)}.qtm"
-        result = run_qtool("compress", self.model(family), "-o", output, *self.compress_options(*options))
+        return self._compress(self.model(family), *options)
+
+    def _wide_model(self, family: str) -> Path:
+        return make_model(family, self.folder / f"{family}-wide", sizes=WIDE[family])
+
+    def _wide(self, family: str, *options: str) -> Path:
+        """Compressed so that other engines can hold it: shapes of whole words, no input scales, groups of 32."""
+        return self._compress(self.wide_model(family), "--no-input-scales", "--group-size", "32", *options)
+
+    def _compress(self, model: Path, *options: str) -> Path:
+        output = self.folder / f"{model.name}{''.join(options).replace('/', '')}.qtm"
+        result = run_qtool("compress", model, "-o", output, *self.compress_options(*options))
         assert result.exit_code == 0, result.output
         return output
 

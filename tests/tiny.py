@@ -96,6 +96,15 @@ EXPERTS: dict[str, dict[str, Any]] = {  # fused 3-D expert tensors
 }
 
 
+WIDE: dict[str, dict[str, Any]] = {  # shapes that are whole words and groups of 32 to other engines
+    "llama": {"hidden_size": 64, "intermediate_size": 96},
+    "qwen2": {"hidden_size": 64, "intermediate_size": 96},
+    "mixtral": {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 2},
+    "gpt2": {"n_embd": 64},
+    "phi3": {"hidden_size": 64, "intermediate_size": 96},
+}
+
+
 def make_model(
     family: str,
     folder: Path,

@@ -11,6 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from formats.embedded import config_dict, model_config
 from formats.experts import fuse_experts
 from formats.export.folder import Tensors, names_by_block, write_folder
+from formats.export.report import ExportReport
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
 from formats.tensors import decode_tensor
@@ -18,10 +19,11 @@ from formats.tensors import decode_tensor
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> list[str]:
-    """Write the folder and return the names of its files. float32 holds the decoded values exactly."""
+def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> ExportReport:
+    """Write the folder. float32 holds the decoded values exactly; who names another dtype wants them rounded."""
     config = config_dict(file) | {"dtype": dtype}
-    return write_folder(file, folder, _decoded(file, DTYPES[dtype]), config, overwrite=overwrite)
+    files = write_folder(file, folder, _decoded(file, DTYPES[dtype]), config, overwrite=overwrite)
+    return ExportReport(files=files, losses=[])
 
 
 def _decoded(file: QtmFile, dtype: torch.dtype) -> Iterator[Tensors]:

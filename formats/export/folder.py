@@ -24,19 +24,26 @@ Tensors = dict[str, Tensor]
 
 
 def write_folder(
-    file: QtmFile, folder: Path, blocks: Iterable[Tensors], config: Mapping[str, Any], *, overwrite: bool
+    file: QtmFile,
+    folder: Path,
+    blocks: Iterable[Tensors],
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    texts: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write tensors, config and the file's own tokenizer; returns the names of the folder's files.
 
     blocks: what a shard holds together, by the names that go into the folder. Raises FormatError when the folder
     exists, and with `overwrite` when it does not look like a model's: nothing but an earlier export is ever replaced.
+    texts: other files of the format, by name.
     """
-    folder = folder.resolve()
+    folder, texts = folder.resolve(), texts or {}
     for name in file.files:
-        if name == "config.json" or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name):
+        is_taken = name in texts or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)
+        if name == "config.json" or is_taken:
             raise FormatError(f"{file.label}: file {name!r}: has the name of what is exported")
-    if folder.exists():
-        _check_replaceable(folder, overwrite)
+    check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         part = Path(scratch) / "part"
@@ -47,6 +54,8 @@ def write_folder(
             raise FormatError(f"{folder}: cannot be written ({error}); nothing was left behind, make room") from error
         config_json = json.dumps(without_references(dict(config)), indent=2, sort_keys=True)
         (part / "config.json").write_text(config_json + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
         for name in file.files:
             (part / name).write_bytes(file.read_file(name))
         if folder.exists():
@@ -62,6 +71,13 @@ def names_by_block(file: QtmFile) -> Iterable[list[str]]:
     for name in file.tensors:
         groups.setdefault(block_of(name, block_list), []).append(name)
     return groups.values()
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """FormatError where the folder exists and may not be replaced."""
+    folder = folder.resolve()
+    if folder.exists():
+        _check_replaceable(folder, overwrite)
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
 from formats.errors import error_context
 from formats.export.folder import Tensors, names_by_block, write_folder
+from formats.export.report import ExportReport
 from formats.header import TensorEntry
 from formats.modules import owner_of, section_name, takes_sections
 from formats.plugin import METHOD
@@ -21,15 +22,16 @@ from formats.skeleton import build_skeleton
 from formats.tensors import DTYPES, decode_tensor, section_tensor
 
 
-def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> list[str]:
-    """Write the folder and return the names of its files: sections as tensors of bytes, the rest as it is stored."""
+def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> ExportReport:
+    """Write the folder: sections as tensors of bytes, the rest as it is stored."""
     model = build_skeleton(model_config(file))
     packed = {name: entry for name, entry in file.tensors.items() if _is_packed(file, model, entry)}
     weights: dict[str, Any] = {
         name: entry.encoding.fields() | {"shape": list(entry.shape)} for name, entry in packed.items()
     }
     config = config_dict(file) | {"quantization_config": {"quant_method": METHOD, "weights": weights}}
-    return write_folder(file, folder, _blocks(file, model, packed), config, overwrite=overwrite)
+    files = write_folder(file, folder, _blocks(file, model, packed), config, overwrite=overwrite)
+    return ExportReport(files=files, losses=[])
 
 
 def _is_packed(file: QtmFile, model: PreTrainedModel, entry: TensorEntry) -> bool:

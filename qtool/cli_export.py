@@ -1,0 +1,46 @@
+"""`qtool export`: its options, parsed and handed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.cli_options import emit, json_option
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--to", type=click.Choice(["dense", "transformers", "gptq", "compressed-tensors", "awq"]), required=True,
+    help="dense: a Hugging Face folder of decoded weights; transformers: one as small as FILE, for programs that "
+    "import qtool; gptq, compressed-tensors, awq: one that other engines load.",
+)  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of tensors that are not quantized.  [default: what holds them exactly]",
+)  # fmt: skip
+@click.option(
+    "--gptq-version", type=click.Choice(["1", "2"]), callback=lambda context, option, value: value and int(value),
+    help="gptq: 1 for readers that know no other; it has no zero of 0.  [default: 2]",
+)  # fmt: skip
+@click.option("--lossy", is_flag=True, help="Round again what the format cannot hold; each tensor's error is told.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@json_option
+def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **options: Any) -> None:
+    """Write the model in FILE in a format that other tools load.
+
+    \b
+    qtool export model.qtm --to dense -o ./decoded
+    qtool export model.qtm --to transformers -o ./packed
+    qtool export model.qtm --to gptq -o ./model-gptq
+
+    Values are those of FILE, bit for bit, or nothing is written: where a format has no place for something, the
+    message says what, and what error --lossy would add. Codes of a width that a format lacks are written in the next.
+    """
+    from qtool import finished
+
+    report = finished.run_export(file, to, output, overwrite=force, **options)
+    emit({"folder": str(output), "to": to} | report.to_dict(), finished.format_export(output, report), as_json)
