@@ -129,19 +129,24 @@ def symbol_digits() -> npt.NDArray[np.uint32]:
     return found
 
 
+@functools.cache
+def _sixteenths(frequency: int) -> int:
+    """Of the bits of a symbol that has so many of the slots: 16 log2 of the frequency is rounded down."""
+    return 16 * (SLOTS.bit_length() - 1) + 1 - (frequency**16).bit_length()
+
+
 def fitted_frequencies(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint16], int]:
     """Frequencies [243] u16 that add up to 2^14, 1 at least where a symbol occurs; and the bits of all symbols.
 
     counts: [243] i64, not all zero. In integers, so that the same values give the same bytes everywhere.
     """
     total = int(counts.sum())
-    shares = [int(count) * SLOTS for count in counts]
+    shares = [count * SLOTS for count in counts.tolist()]
     found = [max(1, share // total) if share else 0 for share in shares]
     by_rest = sorted((s for s in range(N_SYMBOLS) if shares[s]), key=lambda s: (-(shares[s] % total), s))
     for i in range(SLOTS - sum(found)):
         found[by_rest[i % len(by_rest)]] += 1
     for _ in range(sum(found) - SLOTS):  # where many rare symbols were given 1
         found[found.index(max(found))] -= 1
-    # Sixteenths of a bit: 16 log2 of a frequency, rounded down.
-    sixteenths = sum(int(n) * (16 * 14 + 1 - (f**16).bit_length()) for n, f in zip(counts, found, strict=True) if n)
+    sixteenths = sum(n * _sixteenths(f) for n, f in zip(counts.tolist(), found, strict=True) if n)
     return np.array(found, np.uint16), sixteenths // 16

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calibration.hessian import LayerStats
 from formats.layer import Layer, SparseOutliers, group_index
+from qtool.cholesky import upper_factor_of_inverse
 from qtool.errors import QuantizeError
 from qtool.fit import fit_grid
 from qtool.grid import Grid
@@ -28,6 +29,8 @@ MAX_ELEMENTS = 1 << 22
 """Weights solved at a time: with the solver's temporaries, some 150 MB."""
 BLOCK_SIZE = 64
 """Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
+ENERGY_COLUMNS = 128
+"""Of the product with a Hessian at a time."""
 MAX_DAMPING_STEPS = 5
 THRESHOLD_ROWS = 128
 """Rows that are solved to learn which error the given share of the weights exceeds."""
@@ -86,15 +89,15 @@ def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, perc
     input_scales = None
     damped = hessian.clone()
     if spec.input_scales:
-        cost = 1 / _inverse(_damp(damped, percdamp)).diagonal()
+        factor = upper_factor_of_inverse(_damp(damped, percdamp).double())
+        cost = 1 / torch.linalg.vector_norm(factor, dim=0).square_()
         input_scales = fit_input_scales(weights, cost)
         damped.copy_(hessian).mul_(input_scales).mul_(input_scales[:, None])
     diagonal = damped.diagonal().clone()
     perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
-    inverse = _inverse(_damp(damped, percdamp)[perm[:, None], perm])
-    hinv_chol = torch.linalg.cholesky(inverse, upper=True, out=inverse)
-    rows = torch.empty(inverse.shape).copy_(hinv_chol)  # the solver reads it row by row
-    return Factor(input_scales, perm, rows, damped, damped.diagonal() - diagonal, percdamp)
+    ordered = _damp(damped, percdamp).index_select(0, perm).index_select(1, perm).double()
+    hinv_chol = upper_factor_of_inverse(ordered).float()
+    return Factor(input_scales, perm, hinv_chol, damped, damped.diagonal() - diagonal, percdamp)
 
 
 def _damp(hessian: Tensor, percdamp: float) -> Tensor:
@@ -106,17 +109,6 @@ def _damp(hessian: Tensor, percdamp: float) -> Tensor:
     # this data, so its pivot is pinned and it rounds to nearest, which is right for inputs not seen here.
     diagonal.add_(percdamp * mean).masked_fill_(unseen, mean or 1.0)
     return hessian
-
-
-def _inverse(damped: Tensor) -> Tensor:
-    """The inverse [in, in] f64 of a symmetric f32 matrix; LinAlgError if it is not positive definite.
-
-    LAPACK works column by column: on the transpose, which is the same matrix, each step is done in place, where it
-    would take a copy of its own otherwise.
-    """
-    work = damped.double().T
-    torch.linalg.cholesky(work, out=work)
-    return torch.cholesky_inverse(work, out=work)
 
 
 def fit_input_scales(weights: Sequence[Tensor], cost: Tensor) -> Tensor:
@@ -144,7 +136,11 @@ def _floored(values: Tensor) -> Tensor:
 
 def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
     """GPTQ of weight [out, in] f32: groups are static, fitted before the first column is rounded."""
-    grid, rule = fit_layer(weight, factor, spec)
+    return solve_columns(weight, *fit_layer(weight, factor, spec), factor, spec)
+
+
+def solve_columns(weight: Tensor, grid: Grid, rule: OutlierRule | None, factor: Factor, spec: QuantSpec) -> Solution:
+    """GPTQ of weight [out, in] f32 with a grid that has been fitted."""
     return _solve(weight, grid, spec, factor, rule, (factor.damped, factor.damping))
 
 
@@ -314,7 +310,14 @@ def _round_columns(
 
 def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:
     """tr(W H Wᵀ) of weight [out, in]; H [in, in] less `damping` [in] on its diagonal, or without one the identity."""
-    energy = float(((weight if hessian is None else weight @ hessian) * weight).sum(dtype=torch.float64))
+    if hessian is None:
+        return float(weight.square().sum(dtype=torch.float64))
+    energy = 0.0
+    for start in range(0, len(hessian), ENERGY_COLUMNS):  # H is symmetric: what is left of its diagonal counts twice
+        own, before = slice(start, start + ENERGY_COLUMNS), slice(0, start)
+        product = weight[:, before] @ hessian[before, own]
+        product.addmm_(weight[:, own], hessian[own, own], beta=2)
+        energy += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
     return energy if damping is None else energy - float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
 
 

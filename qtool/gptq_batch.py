@@ -1,8 +1,8 @@
-"""GPTQ of many small layers of one shape at a time, as the experts of a block are: one loop over the columns of all.
+"""GPTQ of many small layers of one shape, as the experts of a block are: a core for each, and a compiled column loop.
 
 What it costs to round a column hardly depends on how many rows it has, so that layers of a few hundred rows wait for
-the interpreter most of the time. QMoE (arXiv 2310.16795, section 3.2) solves 16 experts together for the same reason.
-Codes are those of `gptq_quantize`.
+the interpreter most of the time, and matrices of a few hundred columns cannot be divided among cores. QMoE (arXiv
+2310.16795, section 3.2) solves 16 experts together for the same reasons. Codes are those of `gptq_quantize`.
 """
 
 from __future__ import annotations
@@ -10,32 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
 from qtool.errors import QuantizeError
-from qtool.gptq import (
-    BLOCK_SIZE,
-    Factor,
-    Solution,
-    factorize,
-    finished,
-    fit_layer,
-    gptq_quantize,
-    groups_of,
-    rtn_quantize,
-)
-from qtool.grid import Grid, UniformGrid
+from qtool.gptq import Factor, Solution, factorize, fit_layer, rtn_quantize, solve_columns
+from qtool.grid import UniformGrid
 from qtool.recipe import QuantSpec
 from qtool.ternary import TernaryGrid
 
 MAX_ELEMENTS = 1 << 23
-"""Weights solved at a time; more would not be faster."""
-GRIDS: dict[str, type[UniformGrid] | type[TernaryGrid]] = {"int": UniformGrid, "ternary": TernaryGrid}
-"""Those of which columns of different layers can be rounded at a time; layers in other formats are solved in turn."""
+"""Weights solved at a time: what is made of them is in memory together. A larger layer has all cores to itself."""
+COMPILED = ("int", "ternary")
+"""Formats whose column loop is compiled; layers in others are solved one after the other."""
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -48,20 +38,14 @@ def gptq_quantize_all(
     One whose Hessian cannot be factored is rounded to nearest, and has no factor: QMoE's identity.
     """
     together = max(1, MAX_ELEMENTS // weights[0].numel())
+    factor_all = _side_by_side if together > 1 else _in_turn
+    solve_all = factor_all if spec.format in COMPILED else _in_turn
     for start in range(0, len(weights), together):
         part = slice(start, start + together)
-        yield from _solve(weights[part], stats[part], spec)
-
-
-def _solve(
-    weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec
-) -> list[tuple[Solution, Factor | None]]:
-    factors = _side_by_side(lambda layer: _factor(*layer, spec), list(zip(weights, stats, strict=True)))
-    solved = iter(_factored([(w, f) for w, f in zip(weights, factors, strict=True) if f is not None], spec))
-    return [
-        (next(solved), factor) if factor is not None else (rtn_quantize(weight, spec, own), None)
-        for weight, own, factor in zip(weights, stats, factors, strict=True)
-    ]
+        layers = list(zip(weights[part], stats[part], strict=True))
+        factors = factor_all(lambda layer: _factor(*layer, spec), layers)
+        factored = [(*layer, factor) for layer, factor in zip(layers, factors, strict=True)]
+        yield from zip(solve_all(lambda layer: _solve(*layer, spec), factored), factors, strict=True)
 
 
 def _factor(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Factor | None:
@@ -71,51 +55,19 @@ def _factor(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Factor | None
         return None
 
 
-def _factored(layers: Sequence[tuple[Tensor, Factor]], spec: QuantSpec) -> list[Solution]:
-    """The solutions of layers whose Hessians are factored."""
-    kind = GRIDS.get(spec.format)
-    if kind is None or spec.keeps_outliers:
-        return [gptq_quantize(weight, factor, spec) for weight, factor in layers]
-    grids: list[Any] = _side_by_side(lambda layer: fit_layer(*layer, spec)[0], layers)
-    grid = kind.together(grids)
-    codes, decoded = round_columns([w for w, _ in layers], [factor for _, factor in layers], grid, spec)
+def _solve(weight: Tensor, stats: LayerStats, factor: Factor | None, spec: QuantSpec) -> Solution:
+    if factor is None:
+        return rtn_quantize(weight, spec, stats)
+    grid, rule = fit_layer(weight, factor, spec)
+    if isinstance(grid, UniformGrid | TernaryGrid):
+        from qtool.columns import CompiledGrid  # brings in a compiler
 
-    def finish(index: int) -> Solution:
-        weight, factor = layers[index]
-        metric = factor.damped, factor.damping
-        return finished(weight, codes[index].numpy(), decoded[index], grids[index], spec, factor, metric)
-
-    return _side_by_side(finish, range(len(layers)))
+        grid = CompiledGrid(grid)
+    return solve_columns(weight, grid, rule, factor, spec)
 
 
-def round_columns(
-    weights: Sequence[Tensor], factors: Sequence[Factor], grid: Grid, spec: QuantSpec
-) -> tuple[Tensor, Tensor]:
-    """(codes u8, decoded f32) [layers, out, in]: GPTQ's loop over the columns of all layers at a time.
-
-    grid: of all groups of the first layer, then all of the second, ...
-    """
-    perm = torch.stack([factor.perm for factor in factors])
-    chol = torch.stack([factor.hinv_chol for factor in factors])
-    free = torch.stack([f.stored(w).T[f.perm] for w, f in zip(weights, factors, strict=True)])  # [layers, in, out]
-    n_layers, in_features, _ = free.shape
-    groups = groups_of(in_features, spec)
-    n_groups = int(groups[-1]) + 1
-    groups = groups[perm] + n_groups * torch.arange(n_layers)[:, None]  # [layers, in]
-    codes, decoded = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free)
-    for start in range(0, in_features, BLOCK_SIZE):
-        stop = min(start + BLOCK_SIZE, in_features)
-        block, own = free[:, start:stop].transpose(0, 1).contiguous(), chol[:, start:stop, start:stop]
-        errors = torch.empty_like(block)  # [columns, layers, out]
-        for j in range(stop - start):
-            codes[:, start + j], rounded = grid.quantize(block[j], groups[:, start + j])
-            decoded[:, start + j] = rounded
-            torch.sub(block[j], rounded, out=errors[j]).div_(own[:, j, j, None])
-            block[j + 1 :].addcmul_(own[:, j, j + 1 :].T[..., None], errors[j], value=-1)
-        for layer in range(n_layers):  # as one layer alone does it, so that no sum depends on how many there are
-            free[layer, stop:].addmm_(chol[layer, start:stop, stop:].T, errors[:, layer], alpha=-1)
-    back = torch.argsort(perm, dim=1)[..., None].expand_as(free)
-    return codes.gather(1, back).transpose(1, 2).contiguous(), decoded.gather(1, back).transpose(1, 2).contiguous()
+def _in_turn(make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
+    return [make(one) for one in given]
 
 
 def _side_by_side(make: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:

@@ -7,7 +7,7 @@ is `formats.layer.decode`, here as in the loader.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ class Grid(ABC):
             if limits is not None:
                 errors[j].masked_fill_(errors[j].abs() > limits[j], 0)
             errors[j].div_(pivots[j])
-            free[j + 1 :].addr_(chol[j, j + 1 :], errors[j], alpha=-1)
+            free[j + 1 :].addcmul_(chol[j, j + 1 :, None], errors[j], value=-1)
         return codes, decoded, errors
 
     @abstractmethod
@@ -74,12 +74,6 @@ class UniformGrid(Grid):
 
     def rows(self, stripe: slice) -> UniformGrid:
         return UniformGrid(self.scales[:, stripe], self.zeros[:, stripe], self.bits, self.symmetric)
-
-    @classmethod
-    def together(cls, grids: Sequence[UniformGrid]) -> UniformGrid:
-        """One grid with the groups of all, one layer's behind the other's."""
-        scales, zeros = (torch.cat(parts) for parts in zip(*((g.scales, g.zeros) for g in grids), strict=True))
-        return UniformGrid(scales, zeros, grids[0].bits, grids[0].symmetric)
 
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self.scales[group], self.zeros[group]

@@ -38,11 +38,6 @@ class TernaryGrid(Grid):
     def rows(self, stripe: slice) -> TernaryGrid:
         return TernaryGrid(self.low[:, stripe], self.high[:, stripe])
 
-    @classmethod
-    def together(cls, grids: Sequence[TernaryGrid]) -> TernaryGrid:
-        """One grid with the rows' values of all, one layer's behind the other's."""
-        return TernaryGrid(*(torch.cat(parts) for parts in zip(*((g.low, g.high) for g in grids), strict=True)))
-
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.low[group], self.high[group]
         is_low, is_high = weight < low / 2, weight > high / 2

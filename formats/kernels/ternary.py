@@ -16,7 +16,7 @@ from formats.kernels import ternary_dict, ternary_rans
 from formats.ternary import fitted_frequencies, longer_phrases, phrases, symbol_digits
 
 I8 = npt.NDArray[np.int8]
-SAMPLE_VALUES = 1 << 18
+SAMPLE_VALUES = 1 << 15
 USUAL_SHARES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 48, 54, 61, 68, 76, 85)
 """Of -1 and of +1, in 256: a table takes half a megabyte and some time to make, and a file has few (SPEC 7.15.6)."""
 WIDER = 4

@@ -1,0 +1,148 @@
+"""GPTQ's loop over the columns of a block, compiled: for layers so small that the interpreter takes most of the time.
+
+`Grid.round_block` is the reference, and nothing here may differ from it in a single bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.layer import Layer, SparseOutliers
+from qtool.grid import Grid, UniformGrid, empty_block
+from qtool.ternary import TernaryGrid
+
+STRIPE = 256
+"""Rows at a time: a block of them and its errors stay in the cache of a core."""
+
+
+def compiled(function: Callable[..., None], **options: Any) -> Callable[..., None]:
+    """Divisions as in torch: by zero they give infinity."""
+    made = numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+    return cast(Callable[..., None], made)
+
+
+def _round_uniform(
+    column: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: np.ndarray, codes: np.ndarray, decoded: np.ndarray
+) -> None:
+    """`UniformGrid.quantize` of a column [rows]; top: its largest code."""
+    for t in range(len(column)):
+        code = column[t] / (scale[t] if scale[t] != 0 else np.float32(1)) + zero[t]
+        code = np.rint(min(max(code, np.float32(0)), top))
+        codes[t] = np.uint8(code)
+        decoded[t] = scale[t] * (code - zero[t])
+
+
+def _round_ternary(
+    column: np.ndarray, low: np.ndarray, high: np.ndarray, codes: np.ndarray, decoded: np.ndarray
+) -> None:
+    """`TernaryGrid.quantize` of a column [rows]."""
+    half = np.float32(0.5)
+    for t in range(len(column)):
+        is_low, is_high = column[t] < low[t] * half, column[t] > high[t] * half
+        codes[t] = np.uint8(1) + np.uint8(is_high) - np.uint8(is_low)
+        decoded[t] = low[t] if is_low else (high[t] if is_high else np.float32(0))
+
+
+def _make_up(free: np.ndarray, chol: np.ndarray, j: int, rows: slice, errors: np.ndarray) -> None:
+    """Of some rows of free [b, out], all columns behind j less their shares of its errors [rows] over U_jj.
+
+    Rounded once where the machine can, as in torch's addcmul_.
+    """
+    for k in range(j + 1, len(free)):
+        share, later = chol[j, k], free[k, rows]  # a part of one row, which the compiler knows to be contiguous
+        for t in range(len(errors)):
+            later[t] -= share * errors[t]
+
+
+_round_uniform_compiled = compiled(_round_uniform)
+_round_ternary_compiled = compiled(_round_ternary)
+_make_up_compiled = compiled(_make_up, fastmath={"contract"})
+
+
+def _round_block(
+    free: np.ndarray,
+    chol: np.ndarray,
+    limits: np.ndarray,
+    groups: np.ndarray,
+    is_ternary: bool,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    top: np.ndarray,
+    codes: np.ndarray,
+    decoded: np.ndarray,
+    errors: np.ndarray,
+) -> None:
+    """`Grid.round_block`: free [b, rows] f32, changed; chol [b, b] f32, limits [b] f32, groups [b] i64; of the grid
+    (lower, upper) [G, rows] f32: low and high, or scales and zeros, and the largest code, a f32; written are codes u8,
+    decoded f32 and errors f32 [b, rows].
+
+    Rows do not touch each other, so each stripe of them goes through the whole block by itself.
+    """
+    n_columns, n_rows = free.shape
+    for first in range(0, n_rows, STRIPE):
+        rows = slice(first, min(first + STRIPE, n_rows))
+        for j in range(n_columns):
+            column, rounded, error = free[j, rows], decoded[j, rows], errors[j, rows]
+            a, b = lower[groups[j], rows], upper[groups[j], rows]
+            if is_ternary:
+                _round_ternary_compiled(column, a, b, codes[j, rows], rounded)
+            else:
+                _round_uniform_compiled(column, a, b, top, codes[j, rows], rounded)
+            limit, pivot = limits[j], chol[j, j]
+            for t in range(len(column)):
+                difference = column[t] - rounded[t]
+                error[t] = (np.float32(0) if abs(difference) > limit else difference) / pivot
+            _make_up_compiled(free, chol, j, rows, error)
+
+
+_round_block_compiled = compiled(_round_block)
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledGrid(Grid):
+    """A grid whose blocks of columns are rounded by compiled code."""
+
+    grid: UniformGrid | TernaryGrid
+
+    def rows(self, stripe: slice) -> CompiledGrid:
+        return CompiledGrid(self.grid.rows(stripe))
+
+    def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
+        return self.grid.quantize(weight, group)
+
+    def round_block(
+        self, free: Tensor, chol: Tensor, groups: Tensor, limits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grid = self.grid
+        if isinstance(grid, TernaryGrid):
+            lower, upper, top = grid.low, grid.high, 2
+        else:
+            lower, upper, top = grid.scales, grid.zeros, 2**grid.bits - 1
+        codes, decoded, errors = empty_block(free)
+        limits = torch.full((len(free),), torch.inf) if limits is None else limits
+        _round_block_compiled(
+            free.numpy(),
+            chol.numpy(),
+            limits.numpy(),
+            groups.numpy(),
+            isinstance(grid, TernaryGrid),
+            lower.numpy(),
+            upper.numpy(),
+            np.float32(top),
+            codes.numpy(),
+            decoded.numpy(),
+            errors.numpy(),
+        )
+        return codes, decoded, errors
+
+    def layer(
+        self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None
+    ) -> Layer:
+        return self.grid.layer(codes, group_size, input_scales, outliers)
