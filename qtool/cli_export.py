@@ -7,13 +7,15 @@ from typing import Any
 
 import click
 
-from qtool.cli_options import emit, json_option
+from qtool import api
+from qtool.cli_options import defaults_of, emit, json_option
 
 
+@defaults_of(api.export)
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(["dense", "transformers", "gptq", "compressed-tensors", "awq"]), required=True,
+    "--to", type=click.Choice(api.EXPORTS), required=True,
     help="dense: a Hugging Face folder of decoded weights; transformers: one as small as FILE, for programs that "
     "import qtool; gptq, compressed-tensors, awq: one that other engines load.",
 )  # fmt: skip
@@ -29,7 +31,7 @@ from qtool.cli_options import emit, json_option
 @click.option("--lossy", is_flag=True, help="Round again what the format cannot hold; each tensor's error is told.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
-def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **options: Any) -> None:
+def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> None:
     """Write the model in FILE in a format that other tools load.
 
     \b
@@ -40,7 +42,7 @@ def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **opti
     Values are those of FILE, bit for bit, or nothing is written: where a format has no place for something, the
     message says what, and what error --lossy would add. Codes of a width that a format lacks are written in the next.
     """
-    from qtool import finished
+    from qtool.finished import format_export
 
-    report = finished.run_export(file, to, output, overwrite=force, **options)
-    emit({"folder": str(output), "to": to} | report.to_dict(), finished.format_export(output, report), as_json)
+    report = api.export(file, output, to=to, **options)
+    emit({"folder": str(output), "to": to} | report.to_dict(), format_export(output, report), as_json)
