@@ -138,10 +138,10 @@ def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int)
 
 def blocks_of(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
     """The tensors of each block."""
-    found: dict[str, list[TensorPlan]] = {}
+    found: dict[int | None, list[TensorPlan]] = {}
     for tensor in plan:
         if tensor.in_block:
-            number = tensor.name.removeprefix(f"{model.block_list}.").partition(".")[0]
+            number = model.lists.number(tensor.name)
             found.setdefault(number, []).append(tensor)
     return list(found.values())
 

@@ -70,9 +70,9 @@ class Checkpoint(ABC):
         """Stored tensors that make no parameter of the model, known after `bind`."""
         return []
 
-    def has_own_head(self, model: PreTrainedModel) -> bool:
-        """Whether tensors that `model` ties are stored apart and differ, known after `bind`."""
-        return False
+    def untied(self, model: PreTrainedModel) -> list[str]:
+        """Tensors that `model` ties to others, and that are stored apart and differ; known after `bind`."""
+        return []
 
     def generation_config(self) -> GenerationConfig:
         return GenerationConfig.from_model_config(self.config)
@@ -82,7 +82,7 @@ class Checkpoint(ABC):
         expected = {name: find_tensor(model, name).shape for name in names}
         self._read(model, set(expected))
         for name, shape in sorted(expected.items()):
-            tensor = find_tensor(model, name)
+            tensor = find_tensor(model, name).requires_grad_(False)  # transformers makes it one that is to be trained
             if tensor.shape != shape:
                 raise CheckpointError(_wrong_shape(self.name, name, tensor.shape, shape))
             if tensor.is_meta:
@@ -239,10 +239,10 @@ class HuggingFaceCheckpoint(Checkpoint):
     def unused(self) -> list[str]:
         return self._unused
 
-    def has_own_head(self, model: PreTrainedModel) -> bool:
+    def untied(self, model: PreTrainedModel) -> list[str]:
         groups = [[n for n in names if n in self._sources] for names in tied_names(model)]
         pairs = [(names[0], other) for names in groups for other in names[1:]]
-        return any(self._differ(self._sources[a][0], self._sources[b][0]) for a, b in pairs)
+        return [b for a, b in pairs if self._differ(self._sources[a][0], self._sources[b][0])]
 
     def _differ(self, a: str, b: str) -> bool:
         with self._open(self._shard_of[a]) as one, self._open(self._shard_of[b]) as other:

@@ -236,7 +236,15 @@ def _sample_lines(result: dict[str, Any]) -> list[str]:
         f"protocol    {result['protocol']}, BOS: {result['bos']}",
         f"windows     {result['windows']} of {result['seq_len']} tokens{apart}, {result['tokens']} scored, "
         f"in {result['seconds']:.0f} s",
+        *_halves(result),
     ]
+
+
+def _halves(result: dict[str, Any]) -> list[str]:
+    n = result.get("encoder_tokens")
+    return [
+        f"halves      the encoder reads the first {n} tokens of a window, the decoder is scored on the others"
+    ] * bool(n)
 
 
 def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, text_field: str) -> list[dict[str, Any]]:

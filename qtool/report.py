@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from formats.block_lists import list_names
 from formats.encoding import Dense
 from formats.errors import FormatError
 from formats.header import Header, TensorEntry
@@ -51,14 +52,14 @@ def inspect_open(file: QtmFile) -> dict[str, Any]:
     }
 
 
-def block_prefix(header: Header) -> str:
+def block_prefixes(header: Header) -> tuple[str, ...]:
     """What the names of the blocks' tensors start with: `model.layers.`"""
-    return f"{header.model.get('blocks')}."
+    return tuple(f"{name}." for name in list_names(header.model))
 
 
 def block_linears(header: Header) -> list[TensorEntry]:
     """The matrices of the blocks, which bits per weight are counted over."""
-    blocks = block_prefix(header)
+    blocks = block_prefixes(header)
     return [entry for entry in header.tensors if entry.name.startswith(blocks) and len(entry.shape) == 2]
 
 
