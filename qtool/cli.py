@@ -111,7 +111,7 @@ def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> No
 @kv_bits_option
 @json_option
 def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
-    """Continue a prompt with the model in FILE.
+    """Continue a prompt with the model in FILE, or let an encoder-decoder answer it.
 
     \b
     qtool generate model.qtm --prompt "The capital of France is"
@@ -120,8 +120,8 @@ def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     """
     from qtool import finished
 
-    text = finished.run_generate(file, prompt, **options)
-    emit({"prompt": prompt, "text": text}, prompt + text, as_json)
+    text, whole = finished.run_generate(file, prompt, **options)
+    emit({"prompt": prompt, "text": text}, whole, as_json)
 
 
 @main.command()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.block_lists import BlockLists
+from formats.errors import FormatError
 from formats.experts import mixtures
 from formats.kv_cache import PackedCache
 from formats.skeleton import is_encoder_decoder, one_line, untie
@@ -101,7 +102,7 @@ class Seq2SeqModel(BlockwiseModel):
     def _behind_encoder(self) -> list[str]:
         """What the encoder has besides blocks and the embeddings of tokens."""
         names = [n for n in self.outside_names(head=False) if n.startswith(f"{self._encoder_path}.")]
-        return [n for n in names if find_tensor(self.skeleton, n).shape[0] != self.vocab_size]
+        return [n for n in names if find_tensor(self.skeleton, n).shape[:1] != (self.vocab_size,)]
 
     def embed(self, ids: Tensor) -> Tensor:
         shape, n_encoder = (ids.shape[0], ids.shape[1]), encoder_tokens(ids.shape[1])
@@ -136,7 +137,7 @@ class Seq2SeqModel(BlockwiseModel):
                 self._remember_calls(shape, calls)
                 return torch.cat(hidden, dim=1).float()
             except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-                if "allocate" in str(error):
+                if isinstance(error, FormatError) or "allocate" in str(error):
                     raise
                 raise self._unsupported(one_line(error)) from error
         raise self._unsupported("its blocks were not all run")

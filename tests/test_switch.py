@@ -80,6 +80,8 @@ def test_every_kind_goes_all_the_way(tiny_files, family, tmp_path):
     )
     said = qtool_json("generate", file, "--prompt", "the one", "--max-new-tokens", NEW_TOKENS)
     assert said["text"] == qtool.load_tokenizer(file).decode(ids[0], skip_special_tokens=True)
+    shown = run_qtool("generate", file, "--prompt", "the one", "--max-new-tokens", NEW_TOKENS).stdout
+    assert shown == said["text"] + "\n"  # without the prompt, which it does not continue
 
 
 def test_what_was_scored_is_said(tiny_files):
