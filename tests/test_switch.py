@@ -211,13 +211,18 @@ def test_a_head_of_its_own_is_kept(tiny_files, tmp_path):
     ids, file = some_ids(), tmp_path / "out.qtm"
     want = seq2seq_logits(load_reference(tmp_path / "model"), ids)
     torch.testing.assert_close(blockwise_logits(tmp_path / "model", ids), want, rtol=0, atol=1e-5)
-    options = tiny_files.compress_options("--bits", "8", "--embeddings", "16")
-    assert run_qtool("compress", tmp_path / "model", "-o", file, *options).exit_code == 0
-    assert run_qtool("export", file, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    command = ["compress", tmp_path / "model", "-o", file, *tiny_files.compress_options("--bits", "8")]
+    assert run_qtool(*command).exit_code == 0
     loaded = seq2seq_logits(qtool.load(file), ids)
     torch.testing.assert_close(loaded, want, rtol=0, atol=0.1)
-    for other in (blockwise_logits(file, ids), seq2seq_logits(load_reference(tmp_path / "dense"), ids)):
-        torch.testing.assert_close(loaded, other, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded, blockwise_logits(file, ids), rtol=0, atol=1e-5)
+    for kind in ("dense", "transformers"):
+        assert run_qtool("export", file, "--to", kind, "-o", tmp_path / kind).exit_code == 0
+        torch.testing.assert_close(seq2seq_logits(load_reference(tmp_path / kind), ids), loaded, rtol=0, atol=1e-5)
+    assert run_qtool(*command, "--ignore", "lm_head", "--force").exit_code == 0
+    message = refusal("export", file, "--to", "transformers", "-o", tmp_path / "other")
+    assert message.startswith(f"{file}: of 'shared.weight' and 'lm_head.weight', which the config ties, just one is ")
+    assert message.endswith("export it --to dense")
 
 
 def test_a_head_that_is_stored_again_is_the_embedding(tiny_files, tmp_path):
