@@ -71,16 +71,16 @@ def separate_listed_experts(model: nn.Module) -> None:
     """Put a `ListedExperts` in the place of every such list of `model`; others stay as they are."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is not nn.Module.forward:
-            downs = {_down_of(expert) for expert in module.children()} if _are_alike(module) else set()
-            by_mask = _is_told_by_mask(module) if len(downs) == 1 and None not in downs else None
-            if by_mask is not None:
-                model.set_submodule(name, ListedExperts(module, str(downs.pop()), by_mask=by_mask))
+            down_name = _down_of(next(module.children())) if _are_alike(module) else None
+            by_mask = None if down_name is None else _is_told_by_mask(module)
+            if down_name is not None and by_mask is not None:
+                model.set_submodule(name, ListedExperts(module, down_name, by_mask=by_mask))
 
 
 def _are_alike(listed: nn.Module) -> bool:
-    """Whether there is nothing but experts of one shape."""
-    shapes = [{name: p.shape for name, p in expert.named_parameters()} for expert in listed.children()]
-    return bool(shapes) and all(one == shapes[0] for one in shapes) and not list(listed.parameters(recurse=False))
+    """Whether there is nothing but experts of one kind and shape."""
+    kinds = [(type(e), {name: p.shape for name, p in e.named_parameters()}) for e in listed.children()]
+    return bool(kinds) and all(one == kinds[0] for one in kinds) and not list(listed.parameters(recurse=False))
 
 
 def _down_of(expert: nn.Module) -> str | None:

@@ -173,13 +173,12 @@ def test_ternary_experts_in_both_stacks(tiny_files):
     torch.testing.assert_close(seq2seq_logits(qtool.load(file), ids), blockwise_logits(file, ids), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_steps", [2, 4])
-def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, monkeypatch, n_steps):
-    """Within the encoder, and within the decoder: what the first blocks gave those behind them is found again."""
+def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(tiny_files, output, monkeypatch):
+    """Within the decoder: what the first blocks of both stacks gave those behind them is found again."""
     command = ["compress", tiny_files.model(SWITCH), "-o", output, *tiny_files.compress_options(*SOME)]
-    interrupt(monkeypatch, command, n_steps)
+    interrupt(monkeypatch, command, n_steps=4)
     again = run_qtool(*command)
-    assert again.exit_code == 0 and f"resumes after {n_steps - 1} of 5 blocks" in again.stderr
+    assert again.exit_code == 0 and "resumes after 3 of 5 blocks" in again.stderr
     assert output.read_bytes() == tiny_files.compressed(SWITCH, *SOME).read_bytes()
 
 
@@ -342,3 +341,21 @@ def test_a_decoder_that_starts_with_nothing_is_refused(tiny_files, tmp_path):
     (folder / "generation_config.json").unlink()
     message = refusal("compress", folder, "-o", tmp_path / "out.qtm", *tiny_files.compress_options())
     assert message == f"{folder}: config.json has no decoder_start_token_id; add it"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: {}, "is missing from the weights; download the model again"),
+        (lambda weight: {"": weight[:5]}, "has shape [5, 32], the model's config implies [48, 32]; the two are not of"),
+        (lambda weight: {"": weight * torch.nan}, "has NaN or infinite values; the model is broken"),
+    ],
+)
+def test_an_expert_that_is_not_what_it_should_be_is_named(tiny_files, tmp_path, change, said):
+    folder, name = tmp_path / "model", "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
+    shutil.copytree(tiny_files.model(SWITCH), folder)
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name + suffix: tensor for suffix, tensor in change(tensors.pop(name)).items()}
+    save_file(tensors | changed, folder / "model.safetensors")
+    message = refusal("compress", folder, "-o", tmp_path / "out.qtm", *tiny_files.compress_options())
+    assert message.startswith(f"{folder}: ") and f"{name} {said}" in message
