@@ -85,7 +85,7 @@ def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
     names = set(names)
     for name in names:
         set_tensor(model, name, torch.empty_like(model.get_parameter(name), device="meta"))
-        del model.all_tied_weights_keys[name]
+        model.all_tied_weights_keys.pop(name, None)
     for path, part in model.named_modules() if names else ():
         if isinstance(part, PreTrainedModel):  # each has ties of its own, which are looked up again
             ties = part.get_expanded_tied_weights_keys().items()

@@ -169,7 +169,10 @@ def _forward_bytes(model: BlockwiseModel, tensors: Iterable[TensorPlan], n_token
     # Others never hold the scores as a whole, but where values have a width of their own, torch falls back to that.
     if getattr(model.config, "_attn_implementation", None) == "eager" or hasattr(model.config, "v_head_dim"):
         scores = 3 * 4 * int(model.config.num_attention_heads) * n_tokens * seq_len
-    return 4 * n_tokens * widths + scores
+    biases = 0
+    if hasattr(model.config, "relative_attention_num_buckets"):  # of three attentions, kept for two shapes
+        biases = 6 * 4 * int(model.config.num_attention_heads) * (seq_len // 2 + 1) ** 2
+    return 4 * n_tokens * widths + scores + biases
 
 
 def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from qtool.pipeline import compress
 from qtool.protocol import Protocol
 from qtool.publish import check_target
 from qtool.recipe import Recipe, RunOptions
-from qtool.report import TROUBLE, fold_names, inspect_file
+from qtool.report import NUMBER, TROUBLE, fold_names, inspect_file
 from qtool.sizes import format_bytes
 from qtool.verify import verify_against
 
@@ -135,7 +134,7 @@ def _format_bits(layers: list[dict[str, Any]]) -> list[str]:
     """How many layers of each kind are stored how."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in layers:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), []).append(row)
+        kinds.setdefault(NUMBER.sub("*", row["name"]), []).append(row)
     width = max(map(len, kinds), default=0)
     return [f"  {kind:{width}}  {', '.join(_labels(rows))}" for kind, rows in kinds.items()]
 

@@ -17,6 +17,8 @@ from formats.header import Header, TensorEntry
 from formats.reader import QtmFile
 from qtool.sizes import bits_per_weight, format_bytes, stored_bytes
 
+NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")
+"""Of a block, or of an expert (`experts.3`, `expert_3`), in a tensor's name."""
 TROUBLE = {
     "harder_damped": "damped harder",
     "dropped_tokens": "left out tokens that overflow",
@@ -172,7 +174,7 @@ def _describe_calibration(calibration: dict[str, Any]) -> str:
 
 def fold_names(names: Iterable[str]) -> str:
     """Names with the block numbers folded together: model.layers.*.input_layernorm.weight ×30."""
-    folded = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    folded = Counter(NUMBER.sub("*", name) for name in names)
     return ", ".join(name if n == 1 else f"{name} ×{n}" for name, n in folded.items())
 
 

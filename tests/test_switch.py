@@ -26,6 +26,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointError
 from qtool.mixture import Mixture, RoutedTokens
 from qtool.numerics import exact_float32
+from qtool.pictures.depth import by_depth
 from qtool.seq2seq import blockwise_model
 from qtool.states import HiddenStates
 
@@ -79,6 +80,7 @@ def test_every_kind_goes_all_the_way(tiny_files, family, tmp_path):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=False
     )
     said = qtool_json("generate", file, "--prompt", "the one", "--max-new-tokens", NEW_TOKENS)
+    assert len(set(ids[0].tolist())) == 1 + NEW_TOKENS
     assert said["text"] == qtool.load_tokenizer(file).decode(ids[0], skip_special_tokens=True)
     shown = run_qtool("generate", file, "--prompt", "the one", "--max-new-tokens", NEW_TOKENS).stdout
     assert shown == said["text"] + "\n"  # without the prompt, which it does not continue
@@ -150,7 +152,7 @@ def test_experts_of_both_stacks_read_the_tokens_that_reach_them(tiny_files, tmp_
 def test_the_file_says_what_reached_each_expert(tiny_files):
     found = qtool_json("inspect", tiny_files.compressed(SWITCH, *SOME), "--experts")
     rows, counted = found["experts"], found["quality"]["experts"]
-    assert {row["mixture"].split(".")[0] for row in rows} == {"encoder", "decoder"}
+    assert [row["mixture"].split(".")[0] for row in rows] == ["encoder"] * 4 + ["decoder"] * 4
     assert len(rows) == 2 * 4 and all(row["error"] > 0 for row in rows)
     for row in rows:
         of_mixture = counted[row["mixture"]]
@@ -159,6 +161,17 @@ def test_the_file_says_what_reached_each_expert(tiny_files):
     dense = {row["name"] for row in found["tensors"] if row["encoding"] == "dense" and len(row["shape"]) == 2}
     kinds = {name.split(".")[-2] for name in dense}
     assert kinds == {"classifier", "relative_attention_bias"}  # routers and look-ups
+
+
+def test_the_report_numbers_the_blocks_of_both_stacks_through(tiny_files, tmp_path):
+    with QtmFile.open(tiny_files.compressed(SWITCH)) as file:
+        depth = by_depth(file.header)
+    found = {(depth.kinds[row], depth.blocks[column]): len(entries) for (row, column), entries in depth.cells.items()}
+    assert list(depth.blocks) == ["0", "1", "2", "3", "4"]
+    assert [block for kind, block in found if kind == "layer.*.EncDecAttention.q"] == ["2", "3", "4"]
+    experts = {block: n for (kind, block), n in found.items() if kind == "layer.*.mlp.experts.expert_*.wi"}
+    assert experts == {"1": 4, "3": 4}
+    assert run_qtool("inspect", tiny_files.compressed(SWITCH), "--report", tmp_path / "a.html").exit_code == 0
 
 
 def test_ternary_experts_in_both_stacks(tiny_files):

@@ -166,6 +166,8 @@ def make_model(
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(3)  # wide enough that its predictions depend on the text
+    if family in SEQ2SEQ:  # or they write nothing but the same token
+        model.generation_config.update(suppress_tokens=[256, 257, 258], no_repeat_ngram_size=1)
     model.to(dtype).save_pretrained(folder, **save)
     save_tokenizer(folder)
     return folder

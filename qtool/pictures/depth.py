@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from qtool.pictures.axis import Axis
 from qtool.pictures.heatmap import HeatMap, draw_heat_map
 from qtool.pictures.markup import Markup
 from qtool.pictures.page import table
-from qtool.report import block_linears
+from qtool.report import NUMBER, block_linears
 from qtool.sizes import bits_per_weight
 
 Cell = tuple[int, int]
@@ -38,7 +37,7 @@ def by_depth(header: Header) -> Depth:
     for entry in sorted(block_linears(header), key=lambda entry: entry.offset_bytes):
         block = lists.number(entry.name)
         if block is not None:
-            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", lists.inside(entry.name).removesuffix(".weight"))
+            kind = NUMBER.sub("*", lists.inside(entry.name).removesuffix(".weight"))
             found.setdefault((kind, block), []).append(entry)
     kinds = list(dict.fromkeys(kind for kind, _ in found))
     blocks = sorted({block for _, block in found})
