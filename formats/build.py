@@ -18,9 +18,9 @@ from formats.errors import FormatError, KernelError, error_context
 from formats.header import TensorEntry
 from formats.kernels.layout import is_ternary, layout_of
 from formats.modules import QuantLinear, owner_of, put_section, takes_sections
-from formats.placement import Placement, Sizes, block_of
+from formats.placement import Placement, Sizes
 from formats.reader import QtmFile
-from formats.skeleton import build_skeleton, parameter_names, set_tensor, split_name
+from formats.skeleton import build_skeleton, parameter_names, second_names, set_tensor, split_name, untie
 from formats.streaming import BlockStreamer, StreamedBlock
 from formats.tensors import DTYPES, decode_tensor, section_tensor
 from formats.upload import HostMemory, Uploader
@@ -36,6 +36,7 @@ def build_model(
     """
     with refused(f"{file.label}: header: model", "3.4.1"):
         model = build_skeleton(model_config(file))
+        untie(model, file.tensors.keys() & second_names(model))
     builder = _Builder(file, model, sizes, placement, dtype or default_dtype(placement.outside), in_host_memory)
     for entry in file.tensors.values():
         builder.install(entry)
@@ -84,7 +85,7 @@ class _Builder:
         sections: dict[torch.device, Tensor] = {}
         values: dict[torch.device, Tensor] = {}
         for name in self._aliases.get(entry.name, [entry.name]):
-            block = block_of(name, self._sizes.block_list)
+            block = self._sizes.lists.number(name)
             device = self._placement.device_of(block)
             with error_context(f"{self._file.label}: {entry.label}"):
                 module = owner_of(self._model, name, entry.shape[::-1] if entry.transposed else entry.shape)
@@ -159,11 +160,12 @@ class _Builder:
         self._streamed[block].sections.append((module, section))
 
     def _block(self, index: int) -> nn.Module:
+        name = self._sizes.lists.name(index)
         with error_context(f"{self._file.label}: header: model"):
             try:
-                return self._model.get_submodule(f"{self._sizes.block_list}.{index}")
+                return self._model.get_submodule(name)
             except AttributeError as error:
-                raise FormatError(f"blocks: the model's config has no {self._sizes.block_list}.{index}") from error
+                raise FormatError(f"blocks: the model's config has no {name}") from error
 
     def _place_buffers(self) -> None:
         """What no file stores, such as rotary frequencies, goes where its block or the outside is."""

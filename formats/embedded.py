@@ -25,8 +25,10 @@ from formats.strict_json import as_object, brief
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-# What a config makes transformers repeat: blocks, and the names of classes that a causal language model has not.
-_COUNT = re.compile(r"((num|n|encoder|decoder)_)+((hidden|encoder|decoder)_)?layers?|num_labels")
+# What a config makes transformers repeat: blocks, experts, and the names of classes that a language model has not.
+_COUNT = re.compile(
+    r"((num|n|encoder|decoder)_)+((hidden|encoder|decoder)_)?layers?|num_labels|(num|n)_((local|routed)_)?experts"
+)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -70,7 +72,7 @@ def config_dict(file: QtmFile) -> dict[str, Any]:
     with error_context(f"{file.label}: header: model"):
         config = as_object("config", file.header.model.get("config"))
         for name, count in _counts(config):
-            # Every block has a tensor; without this, a few bytes could ask for 10**9 blocks.
+            # Every block and expert has a tensor; without this, a few bytes could ask for 10**9 blocks.
             if count > len(file.tensors):
                 raise FormatError(f"{name}={count}, but the file has {len(file.tensors)} tensors (SPEC 3.4.1)")
         return config

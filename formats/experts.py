@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _SEPARATE = re.compile(r"(.+)\.(\d+)\.(gate_up_proj|up_proj|down_proj)\.(weight|bias)")
+_LISTED = re.compile(r"(.+\.experts)\.[a-z_]*(\d+)\..+\.weight")
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 """What transformers notes on every module whose experts it can run in several ways."""
 
@@ -43,6 +44,10 @@ class Expert(nn.Module):
 class SeparateExperts(nn.Module):
     """The same function as the fused module: each token's chosen experts, weighted and summed."""
 
+    n_experts: int
+    down_name = "down_proj"
+    """Of the linear in every expert that does not read what the expert reads."""
+
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self._fused = (fused,)  # in a tuple, so that it is no submodule: its activation is asked for, its tensors go
@@ -60,6 +65,7 @@ class SeparateExperts(nn.Module):
     def forward(self, hidden_states: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
         """hidden_states [tokens, hidden]; by position or name, which experts [tokens, k] i64, and their weights."""
         chosen, weights = (*routes, *named.values())
+        chosen = self.chosen(chosen)
         rows, slots, counts = self.routed(chosen)
         gathered = hidden_states[rows]
         outputs = torch.empty_like(gathered)
@@ -72,6 +78,10 @@ class SeparateExperts(nn.Module):
         summed[slots] = outputs * weights.reshape(-1)[slots, None].to(outputs.dtype)
         return summed.view(*chosen.shape, -1).sum(-2)
 
+    def chosen(self, route: Tensor) -> Tensor:
+        """Which experts [tokens, k] i64 the first of the two routes stands for."""
+        return route
+
     def routed(self, chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Of chosen experts [tokens, k], in the order of the experts: tokens, places in `chosen`, how many of each.
 
@@ -83,19 +93,23 @@ class SeparateExperts(nn.Module):
         slots = slots[: sum(counts)]
         return slots // chosen.shape[-1], slots, counts
 
-    def expert(self, number: int) -> Expert:
-        found = self.get_submodule(str(number))
-        assert isinstance(found, Expert)
-        return found
+    def number(self, child: str) -> int | None:
+        """Of the expert that the submodule of this name is; None if it is none."""
+        return int(child) if child.isdecimal() else None
+
+    def expert(self, number: int) -> nn.Module:
+        return self.get_submodule(str(number))
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output of one expert for its tokens x [n, hidden]."""
-        expert = self.expert(number)
-        return self.post_expert_norm(expert.down_proj(self.between(expert.up(x))))  # type: ignore[no-any-return]
+        down: Any = self.expert(number).down_proj
+        return self.post_expert_norm(down(self.between(number, x)))  # type: ignore[no-any-return]
 
-    def between(self, projected: Tensor) -> Tensor:
-        """What the down projection reads, of the output of the one before."""
+    def between(self, number: int, x: Tensor) -> Tensor:
+        """What an expert's down projection reads, of the expert's tokens x [n, hidden]."""
+        expert: Any = self.expert(number)
         fused: Any = self._fused[0]
+        projected = expert.up(x)
         return fused._apply_gate(projected) if self._has_gate else fused.act_fn(projected)  # type: ignore[no-any-return]
 
 
@@ -131,12 +145,22 @@ def mixtures(model: nn.Module) -> Iterator[tuple[str, SeparateExperts]]:
 
 def expert_of(name: str) -> tuple[str, int] | None:
     """Mixture and number of the expert that has the weight `name`, going by the name."""
-    match = _SEPARATE.fullmatch(name)
-    return None if match is None or match[4] != "weight" else (match[1], int(match[2]))
+    match = _SEPARATE.fullmatch(name) or _LISTED.fullmatch(name)
+    return None if match is None or not name.endswith(".weight") else (match[1], int(match[2]))
+
+
+def expert_with(model: nn.Module, name: str) -> int | None:
+    """The number of the expert that has the tensor `name`, in a mixture that has been taken apart."""
+    module = model
+    for part in name.split(".")[:-1]:
+        if isinstance(module, SeparateExperts):
+            return module.number(part)
+        module = module.get_submodule(part)
+    return None
 
 
 def fused_tensor(model: nn.Module, name: str) -> FusedTensor | None:
-    """The tensor of transformers that the tensor `name` is a part of, unless it is none of an expert's."""
+    """The tensor of transformers that the tensor `name` is a part of, unless it is a tensor there too."""
     match = _SEPARATE.fullmatch(name)
     if match is None or not isinstance(model.get_submodule(match[1]), SeparateExperts):
         return None

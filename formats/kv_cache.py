@@ -34,6 +34,10 @@ class PackedCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, bits: int) -> None:
         if bits not in KV_BITS:
             raise KernelError(f"kv_bits={bits}: must be 4 or 8")
+        if getattr(config, "is_encoder_decoder", False):
+            raise KernelError(
+                f"kv_bits={bits}: {config.model_type} is an encoder-decoder, whose cache is not rounded; leave it out"
+            )
         super().__init__(config=config)
         self.bits = bits
         self.layers = [_packed(layer, bits) for layer in self.layers]

@@ -22,7 +22,7 @@ def load(
     dtype: torch.dtype | None = None,
     check: bool = True,
 ) -> PreTrainedModel:
-    """The causal language model in a `.qtm` file, weights packed as in the file and decoded on each call.
+    """The language model in a `.qtm` file, weights packed as in the file and decoded on each call.
 
     On the CPU the file stays mapped while the model lives; a GPU gets the sections as they lie. device_map: instead of
     a device, "auto" for all GPUs, filled evenly, or a device for each block by name, and for "" all else. offload:

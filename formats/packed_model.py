@@ -14,7 +14,7 @@ from formats.encoding import MatrixEncoding, Shape, encoding_from_fields
 from formats.errors import FormatError, error_context
 from formats.modules import QuantLinear, owner_of, put_section, takes_sections
 from formats.section import part_arrays
-from formats.skeleton import is_transposed_linear, split_name
+from formats.skeleton import is_transposed_linear, split_name, untie
 from formats.strict_json import as_object, brief
 
 
@@ -24,11 +24,15 @@ def make_room(model: PreTrainedModel, weights: Any, dtype: torch.dtype) -> list[
     weights: name -> shape and fields of the encoding (SPEC 5.1), as `config.json` has them; checked here. Weights that
     are tied to one another share a section, in the file and in memory: under the first name alone is it stored.
     """
+    with error_context("config.json: quantization_config: weights"):
+        entries = as_object("its content", weights)
+    # Some configs tie a head that is another matrix all the same: both are packed then.
+    untie(model, [name for name, source in model.all_tied_weights_keys.items() if {name, source} <= entries.keys()])
     tied = dict(model.all_tied_weights_keys)
     sections: dict[str, str] = {}
     stored = []
     with error_context("config.json: quantization_config: weights"):
-        for name, fields in as_object("its content", weights).items():
+        for name, fields in entries.items():
             with error_context(brief(name)):
                 if name in tied:
                     raise FormatError(f"is tied to {tied[name]!r}; it is stored under that name alone")

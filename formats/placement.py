@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from formats.block_lists import BlockLists
 from formats.encoding import MatrixEncoding
 from formats.errors import KernelError
 from formats.reader import QtmFile
@@ -36,25 +37,23 @@ class Placement:
 class Sizes:
     """Bytes of a file's tensors, by where they belong."""
 
-    block_list: str  # the name of the module list
+    lists: BlockLists
     outside: int
     packed: tuple[int, ...]  # of each block: what can be streamed
     dense: tuple[int, ...] = ()  # of each block: what stays; none if left out
 
     @classmethod
     def of(cls, file: QtmFile) -> Sizes:
-        block_list, outside = str(file.header.model.get("blocks")), 0
+        lists, outside = BlockLists.of(file.header.model, file.tensors), 0
         packed, dense = dict[int, int](), dict[int, int]()
         for entry in file.tensors.values():
-            if (block := block_of(entry.name, block_list)) is None:
+            if (block := lists.number(entry.name)) is None:
                 outside += entry.n_bytes
             else:
                 kind = packed if isinstance(entry.encoding, MatrixEncoding) else dense
                 kind[block] = kind.get(block, 0) + entry.n_bytes
-        indices = range(max([*packed, *dense], default=-1) + 1)
-        return cls(
-            block_list, outside, tuple(packed.get(i, 0) for i in indices), tuple(dense.get(i, 0) for i in indices)
-        )
+        numbers = range(sum(lists.lengths))
+        return cls(lists, outside, tuple(packed.get(i, 0) for i in numbers), tuple(dense.get(i, 0) for i in numbers))
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -75,13 +74,6 @@ class Sizes:
     def least(self) -> int:
         """Bytes of a GPU that streams all blocks."""
         return self.streaming(frozenset(range(len(self.packed))))
-
-
-def block_of(name: str, block_list: str) -> int | None:
-    """The index of the block that a tensor is in."""
-    inside = name.removeprefix(f"{block_list}.")
-    index = inside.partition(".")[0]
-    return int(index) if inside != name and index.isdecimal() and len(index) < 6 else None
 
 
 def on_one(device: torch.device, sizes: Sizes) -> Placement:
@@ -123,7 +115,7 @@ def _filled(free: Sequence[int], sizes: Sizes, share: float) -> list[int] | None
 
 def by_name(device_map: DeviceMap, sizes: Sizes) -> Placement:
     """As a map from names of blocks to devices says; "" is for all others, and for what is outside of the blocks."""
-    names = [f"{sizes.block_list}.{index}" for index in range(len(sizes.packed))]
+    names = [sizes.lists.name(index) for index in range(len(sizes.packed))]
     unknown = [key for key in device_map if key and key not in names]
     if unknown:
         blocks = f"blocks are {names[0]} to {names[-1]}, '' all else" if names else "the file names none, give ''"

@@ -7,15 +7,17 @@ stores (rotary frequencies, embedding scales) are computed from the config at on
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from formats.errors import FormatError
 from formats.experts import separate_experts
+from formats.listed_experts import separate_listed_experts
 from formats.strict_json import brief
 
 # An attention implementation can be a kernel on the hub, which transformers would fetch and run.
@@ -51,21 +53,48 @@ def without_references(value: Any) -> Any:
 
 def build_skeleton(config: Any) -> PreTrainedModel:
     """The model of `config` in float32 and eval mode, parameters on meta, derived buffers real, experts taken apart."""
+    auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         separate_experts(model)
+        separate_listed_experts(model)
         model.eval()
         _check_derived_buffers(model)
         for module in model.modules():
             _init_derived_buffers(model, module)
         model.tie_weights()
     except Exception as error:  # a config can be wrong in as many ways as there are architectures
-        reason = one_line(error)
+        reason, kind = (
+            one_line(error),
+            "encoder-decoder for text" if is_encoder_decoder(config) else "causal language model",
+        )
         raise FormatError(
-            f"model_type={config.model_type!r}: no causal language model can be built from its config: {reason}"
+            f"model_type={config.model_type!r}: no {kind} can be built from its config: {reason}"
         ) from error
     return model  # type: ignore[no-any-return]
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a model of `config` reads a text with one stack of blocks and writes another with a second one."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give parameters that are tied to others of `model` values of their own, on meta."""
+    names = set(names)
+    for name in names:
+        set_tensor(model, name, torch.empty_like(model.get_parameter(name), device="meta"))
+        model.all_tied_weights_keys.pop(name, None)
+    for path, part in model.named_modules() if names else ():
+        if isinstance(part, PreTrainedModel):  # each has ties of its own, which are looked up again
+            ties = part.get_expanded_tied_weights_keys().items()
+            part._tied_weights_keys = {a: b for a, b in ties if f"{path}.{a}".lstrip(".") not in names}
+
+
+def second_names(model: nn.Module) -> list[str]:
+    """Of all tied parameters, the names but the first, under which they are stored."""
+    return [name for names in parameter_names(model).values() for name in names[1:]]
 
 
 def _derived_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

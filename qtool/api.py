@@ -259,10 +259,10 @@ def generate(
     offload: Literal["host", "disk"] | None = None,
     kv_bits: int | None = None,
 ) -> Generated:
-    """What the model in a file goes on with after a prompt; temperature 0 takes the likeliest token each time."""
+    """What the model in a file writes after a prompt; temperature 0 takes the likeliest token each time."""
     from qtool import finished
 
-    text = finished.run_generate(
+    text, whole = finished.run_generate(
         Path(file),
         prompt,
         max_new_tokens=max_new_tokens,
@@ -273,7 +273,7 @@ def generate(
         device_map=device_map,
         offload=offload,
     )
-    return Generated(prompt=prompt, text=text, whole=prompt + text)
+    return Generated(prompt=prompt, text=text, whole=whole)
 
 
 def warm(file: Source, *, device: str = "cuda", tokens: str = "1,16,512") -> list[dict[str, Any]]:

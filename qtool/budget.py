@@ -138,10 +138,10 @@ def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int)
 
 def blocks_of(model: BlockwiseModel, plan: list[TensorPlan]) -> list[list[TensorPlan]]:
     """The tensors of each block."""
-    found: dict[str, list[TensorPlan]] = {}
+    found: dict[int | None, list[TensorPlan]] = {}
     for tensor in plan:
         if tensor.in_block:
-            number = tensor.name.removeprefix(f"{model.block_list}.").partition(".")[0]
+            number = model.lists.number(tensor.name)
             found.setdefault(number, []).append(tensor)
     return list(found.values())
 
@@ -169,7 +169,10 @@ def _forward_bytes(model: BlockwiseModel, tensors: Iterable[TensorPlan], n_token
     # Others never hold the scores as a whole, but where values have a width of their own, torch falls back to that.
     if getattr(model.config, "_attn_implementation", None) == "eager" or hasattr(model.config, "v_head_dim"):
         scores = 3 * 4 * int(model.config.num_attention_heads) * n_tokens * seq_len
-    return 4 * n_tokens * widths + scores
+    biases = 0
+    if hasattr(model.config, "relative_attention_num_buckets"):  # of three attentions, kept for two shapes
+        biases = 6 * 4 * int(model.config.num_attention_heads) * (seq_len // 2 + 1) ** 2
+    return 4 * n_tokens * widths + scores + biases
 
 
 def file_bytes(plan: Iterable[TensorPlan], files: Mapping[str, bytes]) -> int:

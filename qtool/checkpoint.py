@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from formats.encoding import DENSE_DTYPES
 from formats.errors import error_context
-from formats.experts import fused_tensor
+from formats.experts import expert_with, fused_tensor
 from formats.skeleton import config_from_dict, parameter_names, set_tensor, split_name
 from qtool.errors import CheckpointError
 from qtool.stored_experts import fused_names, key_of_expert, read_experts, split_parts
@@ -70,9 +70,9 @@ class Checkpoint(ABC):
         """Stored tensors that make no parameter of the model, known after `bind`."""
         return []
 
-    def has_own_head(self, model: PreTrainedModel) -> bool:
-        """Whether tensors that `model` ties are stored apart and differ, known after `bind`."""
-        return False
+    def untied(self, model: PreTrainedModel) -> list[str]:
+        """Tensors that `model` ties to others, and that are stored apart and differ; known after `bind`."""
+        return []
 
     def generation_config(self) -> GenerationConfig:
         return GenerationConfig.from_model_config(self.config)
@@ -82,7 +82,7 @@ class Checkpoint(ABC):
         expected = {name: find_tensor(model, name).shape for name in names}
         self._read(model, set(expected))
         for name, shape in sorted(expected.items()):
-            tensor = find_tensor(model, name)
+            tensor = find_tensor(model, name).requires_grad_(False)  # transformers makes it one that is to be trained
             if tensor.shape != shape:
                 raise CheckpointError(_wrong_shape(self.name, name, tensor.shape, shape))
             if tensor.is_meta:
@@ -239,10 +239,10 @@ class HuggingFaceCheckpoint(Checkpoint):
     def unused(self) -> list[str]:
         return self._unused
 
-    def has_own_head(self, model: PreTrainedModel) -> bool:
+    def untied(self, model: PreTrainedModel) -> list[str]:
         groups = [[n for n in names if n in self._sources] for names in tied_names(model)]
         pairs = [(names[0], other) for names in groups for other in names[1:]]
-        return any(self._differ(self._sources[a][0], self._sources[b][0]) for a, b in pairs)
+        return [b for a, b in pairs if self._differ(self._sources[a][0], self._sources[b][0])]
 
     def _differ(self, a: str, b: str) -> bool:
         with self._open(self._shard_of[a]) as one, self._open(self._shard_of[b]) as other:
@@ -254,8 +254,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _read(self, model: PreTrainedModel, names: set[str]) -> None:
         experts, names = split_parts(model, names)
-        keys = [key for name in names for key in self._sources.get(self._stored_as.get(name, name), [])]
-        of_experts = [key for name in experts for key in self._sources.get(name, [])]
+        plain = self._stored_as_they_are(model, names)
+        sources = (self._sources.get(self._stored_as.get(name, name), []) for name in names - plain.keys())
+        keys = [key for of_one in sources for key in of_one]
+        of_experts = [*plain.values(), *(key for name in experts for key in self._sources.get(name, []))]
         # Shards are opened for one block and closed again, or every page ever read would stay resident.
         with ExitStack() as stack:
             needed = sorted({self._shard_of[key] for key in (*keys, *of_experts)})
@@ -267,6 +269,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             try:
                 if keys:  # transformers goes through the whole model for them; of experts there are many such calls
                     self._convert(model, slices(keys))
+                for name, key in plain.items():
+                    set_tensor(model, name, slices([key])[key][...].float())
                 for fused, wanted in experts.items():
                     stored = slices(self._sources.get(fused, []))
                     read_experts(model, fused, wanted, stored, self._converter_of.get)
@@ -276,6 +280,11 @@ class HuggingFaceCheckpoint(Checkpoint):
                 raise CheckpointError(f"{self.name}: cannot read the weights: {error}") from error
         for name in names & self._stored_as.keys():
             set_tensor(model, name, find_tensor(model, self._stored_as[name]))
+
+    def _stored_as_they_are(self, model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+        """Tensors of experts that transformers lists, with the keys they have in the folder."""
+        sources = {name: self._sources.get(name, []) for name in names if expert_with(model, name) is not None}
+        return {name: keys[0] for name, keys in sources.items() if len(keys) == 1 and keys[0] not in self._converter_of}
 
     def _convert(self, model: PreTrainedModel, tensors: dict[str, Any]) -> None:
         """Assign what stored tensors make, as transformers does it."""

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from formats.embedded import GENERATION_CONFIG, generation_config, model_config, tokenizer_of
 from formats.encoding import Dense
 from formats.reader import QtmFile
-from formats.skeleton import set_tensor
+from formats.skeleton import second_names, set_tensor
 from formats.tensors import decode_tensor
 from qtool.checkpoint import Checkpoint
 
@@ -25,6 +25,9 @@ class QtmCheckpoint(Checkpoint):
 
     def bind(self, model: PreTrainedModel) -> None:
         """Nothing to learn: tensors are stored under the model's own names."""
+
+    def untied(self, model: PreTrainedModel) -> list[str]:
+        return [name for name in second_names(model) if name in self.file.tensors]
 
     def _read(self, model: PreTrainedModel, names: set[str]) -> None:
         for name in names & self.file.tensors.keys():

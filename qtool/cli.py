@@ -101,7 +101,7 @@ def verify(file: Path, as_json: bool, **options: Any) -> None:
 @kv_bits_option
 @json_option
 def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
-    """Continue a prompt with the model in FILE.
+    """Continue a prompt with the model in FILE, or let an encoder-decoder answer it.
 
     \b
     qtool generate model.qtm --prompt "The capital of France is"

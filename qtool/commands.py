@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from qtool.pipeline import compress
 from qtool.protocol import Protocol
 from qtool.publish import check_target
 from qtool.recipe import Recipe, RunOptions
-from qtool.report import TROUBLE, fold_names, inspect_file
+from qtool.report import NUMBER, TROUBLE, fold_names, inspect_file
 from qtool.results import Compressed, Estimated
 from qtool.sizes import format_bytes
 from qtool.verification import verify_against
@@ -159,7 +158,7 @@ def _format_bits(layers: list[dict[str, Any]]) -> list[str]:
     """How many layers of each kind are stored how."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in layers:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]), []).append(row)
+        kinds.setdefault(NUMBER.sub("*", row["name"]), []).append(row)
     width = max(map(len, kinds), default=0)
     return [f"  {kind:{width}}  {', '.join(_labels(rows))}" for kind, rows in kinds.items()]
 
@@ -256,7 +255,15 @@ def _sample_lines(result: dict[str, Any]) -> list[str]:
         f"protocol    {result['protocol']}, BOS: {result['bos']}",
         f"windows     {result['windows']} of {result['seq_len']} tokens{apart}, {result['tokens']} scored, "
         f"in {result['seconds']:.0f} s",
+        *_halves(result),
     ]
+
+
+def _halves(result: dict[str, Any]) -> list[str]:
+    n = result.get("encoder_tokens")
+    return [
+        f"halves      the encoder reads the first {n} tokens of a window, the decoder is scored on the others"
+    ] * bool(n)
 
 
 def run_verify_against(file: QtmFile, model: str, *, calibration: str | None, text_field: str) -> list[dict[str, Any]]:

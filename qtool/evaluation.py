@@ -27,6 +27,7 @@ from qtool.logits_file import BaselineWriter, SavedBaseline
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
 from qtool.protocol import Protocol, Sample, Windows, cut_windows, scored
+from qtool.seq2seq import blockwise_model
 from qtool.states import windows_per_batch
 
 LOGITS_AT_A_TIME = 1 << 22  # 16 MB as float32: a vocabulary is wide, and comparing two models takes several
@@ -98,8 +99,8 @@ def evaluate_perplexity(
     kv_bits: of the keys and values that `checkpoint` reads, as `generate` caches them; the baseline's are as they are.
     """
     started = time.perf_counter()
-    models = [BlockwiseModel(checkpoint, kv_bits=kv_bits)]
-    models += [] if baseline is None else [BlockwiseModel(baseline)]
+    models = [blockwise_model(checkpoint, kv_bits=kv_bits)]
+    models += [] if baseline is None else [blockwise_model(baseline)]
     windows = _windows(models, data, text_field, protocol or Protocol())
     with exact_float32():
         parts = (token_scores(*predictions) for predictions in _predictions(models, windows))
@@ -134,7 +135,7 @@ def evaluate_divergence(
     save_baseline: a new file for the predictions of a baseline that is a model.
     """
     started = time.perf_counter()
-    models = [BlockwiseModel(c) for c in (checkpoint, baseline) if isinstance(c, Checkpoint)]
+    models = [blockwise_model(c) for c in (checkpoint, baseline) if isinstance(c, Checkpoint)]
     windows = _windows(models, data, text_field, protocol or Protocol())
     shape = windows.sample, models[0].vocab_size
     with exact_float32(), ExitStack() as stack:
@@ -187,9 +188,12 @@ def _windows(models: list[BlockwiseModel], data: str, text_field: str, protocol:
     if len({model.vocab_size for model in models}) > 1:
         sizes = " and ".join(str(model.vocab_size) for model in models)
         raise ConfigError(f"model and baseline have vocabularies of {sizes} tokens: not the same model")
+    if len({model.has_encoder for model in models}) > 1:
+        raise ConfigError("of model and baseline, one has an encoder and the other has none: not the same model")
     longest = min((m.max_seq_len for m in models if m.max_seq_len), default=None)
     text = read_text(data, split="test", text_field=text_field)
-    windows = cut_windows(text, models[0].checkpoint.tokenizer(), protocol, longest=longest, source=data)
+    halves = models[0].has_encoder
+    windows = cut_windows(text, models[0].checkpoint.tokenizer(), protocol, longest=longest, source=data, halves=halves)
     for model in models:
         model.check_tokens(windows.ids)
     return windows
@@ -213,7 +217,9 @@ def _predictions(models: list[BlockwiseModel], windows: Windows) -> Iterator[lis
                     stack.enter_context(model.outside(head=True))
                 for index, (batch, start) in enumerate(zip(batches, first.split(in_batch), strict=True)):
                     positions = scored(start, seq_len)
-                    states = [h[index][:, :-1][positions] for h in hidden]  # [n, hidden] of each model
+                    states = [
+                        m.before(h[index])[positions] for m, h in zip(models, hidden, strict=True)
+                    ]  # [n, hidden] of each model
                     yield from _score(models, states, batch[:, 1:][positions])
                     bar.update()
 

@@ -24,14 +24,11 @@ def list_experts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not experts:
         raise FormatError("--experts: the file's model has none")
     try:
-        return [_expert(*key, experts[key], calibrated.get(key[0], {})) for key in sorted(experts, key=_in_order)]
+        order = {mixture: place for place, (mixture, _) in enumerate(experts)}  # as the file has them: of the blocks
+        keys = sorted(experts, key=lambda key: (order[key[0]], key[1]))
+        return [_expert(*key, experts[key], calibrated.get(key[0], {})) for key in keys]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise FormatError(f"header: quality is not as qtool writes it: {error} (SPEC 3.4)") from error
-
-
-def _in_order(key: tuple[str, int]) -> list[str | int]:
-    """By the numbers in a mixture's name, then by the expert's."""
-    return [*(int(part) if part.isdigit() else part for part in key[0].split(".")), key[1]]
 
 
 def _expert(mixture: str, number: int, rows: list[dict[str, Any]], calibrated: Mapping[str, Any]) -> dict[str, Any]:

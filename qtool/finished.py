@@ -101,13 +101,15 @@ def run_generate(
     seed: int,
     kv_bits: int | None = None,
     **placement: Any,
-) -> str:
-    """The continuation alone."""
+) -> tuple[str, str]:
+    """(what the model writes alone, and behind the prompt if it is a continuation)."""
     import torch
+    from transformers import DynamicCache, EncoderDecoderCache
 
     from formats.embedded import load_tokenizer
     from formats.kv_cache import PackedCache
     from formats.loader import load
+    from formats.skeleton import is_encoder_decoder
 
     if not file.is_file():
         raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")
@@ -119,8 +121,13 @@ def run_generate(
         options: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
+        read = inputs["input_ids"].shape[1]
         if kv_bits is not None:
             options["cache"] = PackedCache(model.config, kv_bits)
+        elif is_encoder_decoder(model.config):
+            prompt, read = "", 0  # the encoder's: what the decoder writes does not begin with it
+            # One of transformers' own making is as long as the encoder, where the decoder has more blocks.
+            options["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         ids = model.generate(  # type: ignore[operator]
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -128,7 +135,8 @@ def run_generate(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **options,
         )
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    text = str(tokenizer.decode(ids[0, read:], skip_special_tokens=True))
+    return text, prompt + text
 
 
 def _check_length(n_prompt: int, n_new: int, config: Any) -> None:

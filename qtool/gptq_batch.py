@@ -38,14 +38,22 @@ def gptq_quantize_all(
     One whose Hessian cannot be factored is rounded to nearest, and has no factor: QMoE's identity.
     """
     together = max(1, MAX_ELEMENTS // weights[0].numel())
-    factor_all = _side_by_side if together > 1 else _in_turn
-    solve_all = factor_all if spec.format in COMPILED else _in_turn
+    solve_all = _side_by_side if together > 1 and spec.format in COMPILED else _in_turn
     for start in range(0, len(weights), together):
         part = slice(start, start + together)
         layers = list(zip(weights[part], stats[part], strict=True))
-        factors = factor_all(lambda layer: _factor(*layer, spec), layers)
+        factors = _factors(layers, spec, together=together > 1)
         factored = [(*layer, factor) for layer, factor in zip(layers, factors, strict=True)]
         yield from zip(solve_all(lambda layer: _solve(*layer, spec), factored), factors, strict=True)
+
+
+def _factors(layers: Sequence[tuple[Tensor, LayerStats]], spec: QuantSpec, *, together: bool) -> list[Factor | None]:
+    """Of each layer; one for all that read one input, unless it depends on their weights."""
+    keys = [i if spec.input_scales else id(stats) for i, (_, stats) in enumerate(layers)]
+    distinct = dict(zip(keys, layers, strict=True))
+    run = _side_by_side if together else _in_turn
+    made = dict(zip(distinct, run(lambda layer: _factor(*layer, spec), list(distinct.values())), strict=True))
+    return [made[key] for key in keys]
 
 
 def _factor(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Factor | None:

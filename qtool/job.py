@@ -21,6 +21,7 @@ from qtool.plan import TensorPlan, plan_tensors
 from qtool.provenance import embedded_files, header_bytes, run_identity, source_files
 from qtool.recipe import Recipe, RunOptions
 from qtool.sample import draw_sample
+from qtool.seq2seq import blockwise_model
 from qtool.sweep import find_sweep, key_of, measure_sweep, sweep_identity
 from qtool.target import Spread, spread_bits, with_outliers
 
@@ -58,7 +59,7 @@ class Job:
 def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None]) -> Job:
     """Decide everything but what a target has to measure."""
     tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
-    model = BlockwiseModel(checkpoint)
+    model = blockwise_model(checkpoint)
     if unused := checkpoint.unused():
         names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         warn(f"{len(unused)} stored tensors are not part of the model that config.json describes: {names}")

@@ -44,6 +44,7 @@ MUST_AGREE = {  # in this order, since what comes later follows from what comes 
     "stride": ("stride", "give the same --stride"),
     "windows": ("number of windows", "give the same --max-windows"),
     "vocab_size": ("vocabulary", "it is of another model"),
+    "encoder_tokens": ("number of tokens for an encoder", "it is of another model"),
     "bos": ("place of BOS", "it is of another model, or its tokenizer was"),
     "tokens_sha256": ("row of tokens, by its SHA-256,", "it is of another model, or its tokenizer was"),
 }
@@ -177,10 +178,10 @@ class SavedBaseline:
     def _compare(self, theirs: dict[str, Any]) -> None:
         ours = metadata_of(self._sample, self._vocab_size)
         for key, (what, fix) in MUST_AGREE.items():
-            if theirs.get(key) != ours[key]:
+            if theirs.get(key) != ours.get(key):
                 value = theirs.get(key)
                 value = value if isinstance(value, str) and value.isprintable() else brief(value)
-                raise ConfigError(f"{self.path}: its {what} is {value[:80]}, this run's is {ours[key]}; {fix}")
+                raise ConfigError(f"{self.path}: its {what} is {value[:80]}, this run's is {ours.get(key)}; {fix}")
 
     def _header_json(self) -> dict[str, Any]:
         length = self._file.read(8)

@@ -52,7 +52,7 @@ def decode(codes: npt.NDArray[np.uint16], low: Tensor, step: Tensor) -> Tensor:
 def metadata_of(sample: Sample, vocab_size: int) -> dict[str, str]:
     """What the rows are of; a safetensors header holds strings."""
     described = asdict(sample) | {"vocab_size": vocab_size}
-    return {"format": FORMAT} | {key: str(value) for key, value in described.items()}
+    return {"format": FORMAT} | {key: str(value) for key, value in described.items() if value is not None}
 
 
 def tensors_of(n_rows: int, vocab_size: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calibration.capture import check_finite
 from calibration.hessian import HessianAccumulator, LayerStats
-from formats.experts import SeparateExperts, fused_tensor
+from formats.experts import SeparateExperts, expert_with
 from formats.skeleton import split_name
 from qtool.checkpoint import find_tensor
 from qtool.errors import naming
@@ -61,9 +61,9 @@ class Mixture:
         self.experts = module
         self._names: dict[int, list[str]] = {}
         for tensor in model.tensor_names(f"{name}."):
-            part = fused_tensor(model.skeleton, tensor)
-            if part is not None:
-                self._names.setdefault(part.expert, []).append(tensor)
+            number = expert_with(model.skeleton, tensor)
+            if number is not None:
+                self._names.setdefault(number, []).append(tensor)
         self._in_memory = workers * max(1, BATCH_ELEMENTS // max(map(self._elements, self._names), default=1))
 
     def _elements(self, number: int) -> int:
@@ -93,7 +93,7 @@ class Mixture:
     def by_layer(self, number: int, up: LayerStats, down: LayerStats) -> dict[str, LayerStats]:
         """An expert's statistics by the names of its linears."""
         layers = dict.fromkeys(split_name(name)[0] for name in self._names[number])
-        return {layer: down if layer.endswith(".down_proj") else up for layer in layers}
+        return {layer: down if split_name(layer)[1] == self.experts.down_name else up for layer in layers}
 
 
 class RoutedTokens:
@@ -112,7 +112,7 @@ class RoutedTokens:
             self._pool.add(x)
             file.write(x.numpy().data)
             routed = [*routes, *named.values()]
-            chosen.append(routed[0].int())
+            chosen.append(mixture.experts.chosen(routed[0]).int())
             weights.append(routed[1].float())
             raise _Reached
 
@@ -183,12 +183,13 @@ class RoutedTokens:
         at_most = max(1, MAX_SHARE * sum(self.counts) // len(self.counts))
         if len(rows) > at_most:
             rows = rows[torch.linspace(0, len(rows) - 1, at_most).long()]
-        expert: Any = self.mixture.experts.expert(number)
-        up, down = HessianAccumulator(expert.up.in_features), HessianAccumulator(expert.down_proj.in_features)
+        experts = self.mixture.experts
+        down_proj: Any = experts.expert(number).get_submodule(experts.down_name)
+        up, down = HessianAccumulator(self._inputs.shape[1]), HessianAccumulator(down_proj.in_features)
         for part in rows.split(TOKENS_PER_BATCH):
             x = self._gather(part)
             up.add(x)
-            down.add(self.mixture.experts.between(expert.up(x)))
+            down.add(experts.between(number, x))
         self._drop_pages()
         stats = up.result(), down.result()
         for layer, own in self.mixture.by_layer(number, *stats).items():

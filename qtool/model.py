@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from formats.block_lists import BlockLists
 from formats.errors import error_context
-from formats.experts import fused_tensor, mixtures
+from formats.experts import expert_with, mixtures
 from formats.kv_cache import PackedCache
 from formats.skeleton import build_skeleton, is_linear, set_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
@@ -32,7 +33,13 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):
+def taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """The hidden states that a block is called with, and what else."""
+    states = args[0] if args else kwargs["hidden_states"]
+    return states, BlockCall(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+
+class Stop(Exception):
     """Raised by the last block to leave the model's forward; carries the hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -46,12 +53,12 @@ class BlockwiseModel:
         """kv_bits: attention reads its keys and values as a cache in so many bits holds them; None: as they are."""
         self.checkpoint, self._kv_bits = checkpoint, kv_bits
         self.skeleton = self._build()
-        if checkpoint.has_own_head(self.skeleton):
+        if untied := checkpoint.untied(self.skeleton):
             # config.json says that the head is the embedding, the weights say that it is not: the weights are right.
-            checkpoint.config.tie_word_embeddings = False
-            self.skeleton = self._build()
+            self._untie(untied)
         self.config = checkpoint.config.get_text_config()  # the language model's own, where it is one part of several
-        self.block_list, self.blocks = find_blocks(self.skeleton)
+        self.lists = self._find_lists()
+        self.blocks = [self.skeleton.get_submodule(self.lists.name(i)) for i in range(sum(self.lists.lengths))]
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._blocks_return_tuples: bool | None = None  # known once one has run
 
@@ -61,10 +68,18 @@ class BlockwiseModel:
         self.checkpoint.bind(skeleton)
         return skeleton
 
+    def _untie(self, names: list[str]) -> None:
+        self.checkpoint.config.tie_word_embeddings = False
+        self.skeleton = self._build()
+
+    def _find_lists(self) -> BlockLists:
+        name, blocks = find_blocks(self.skeleton)
+        return BlockLists((name,), (len(blocks),))
+
     # ---- what is where
 
     def block_name(self, index: int) -> str:
-        return f"{self.block_list}.{index}"
+        return self.lists.name(index)
 
     def tensor_names(self, prefix: str = "") -> list[str]:
         """Every parameter and stored buffer under `prefix`, tied ones once, in the model's order."""
@@ -74,7 +89,7 @@ class BlockwiseModel:
 
     def outside_names(self, *, head: bool = True) -> list[str]:
         """The tensors that belong to no block; without `head`, not the output embedding unless it is tied."""
-        names = [n for n in self.tensor_names() if not n.startswith(f"{self.block_list}.")]
+        names = [n for n in self.tensor_names() if self.lists.number(n) is None]
         output = self.skeleton.get_output_embeddings()
         if head or output is None:
             return names
@@ -94,7 +109,7 @@ class BlockwiseModel:
     def own_names(self, index: int) -> list[str]:
         """The tensors of block `index` but those of such a mixture's experts."""
         names = self.tensor_names(f"{self.block_name(index)}.")
-        return names if self.mixture(index) is None else [n for n in names if fused_tensor(self.skeleton, n) is None]
+        return names if self.mixture(index) is None else [n for n in names if expert_with(self.skeleton, n) is None]
 
     def own_linears(self, index: int) -> dict[str, nn.Module]:
         """As `linears`, but for those of such a mixture's experts."""
@@ -121,6 +136,21 @@ class BlockwiseModel:
         """The longest window the model was built for, or None when its config does not say."""
         value = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
         return int(value) if value else None
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the first half of each window, and the decoder continues with the second."""
+        return False
+
+    def predicting(self, seq_len: int) -> slice:
+        """The positions of a window's states that the head makes predictions of."""
+        return slice(None)
+
+    def before(self, states: Tensor) -> Tensor:
+        """Of states [batch, seq, hidden] behind the last block, for each token but a window's first, the one
+        [batch, seq - 1, hidden] that it is predicted from.
+        """
+        return states[:, :-1]
 
     def window_length(self, seq_len: int) -> int:
         """`seq_len`, cut to the model's context."""
@@ -173,12 +203,12 @@ class BlockwiseModel:
 
         def record(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                states = args[0] if args else kwargs["hidden_states"]
-                calls.append(BlockCall(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+                states, call = taken_apart(args, kwargs)
+                calls.append(call)
                 if index == 0:
                     hidden.append(states)
                 if index == last:
-                    raise _Stop(hidden[0])
+                    raise Stop(hidden[0])
                 return self._as_block_output(states)
 
             return forward
@@ -186,7 +216,7 @@ class BlockwiseModel:
         with self._patched(record):
             try:
                 self.skeleton(input_ids=ids, **self._caching())
-            except _Stop as stop:
+            except Stop as stop:
                 if self._kv_bits is not None and not any(_has_cache(call) for call in calls):
                     raise CheckpointError(
                         f"{self.checkpoint.name}: its blocks take no cache that --kv-bits could round; leave it out"
@@ -203,7 +233,7 @@ class BlockwiseModel:
     def _remember_calls(self, shape: tuple[int, int], calls: list[BlockCall]) -> None:
         known = self._calls.setdefault(shape, calls)
         for before, now in zip(known, calls, strict=True):
-            if not _same((before.args, before.kwargs), (now.args, now.kwargs)):
+            if not same_values((before.args, before.kwargs), (now.args, now.kwargs)):
                 raise CheckpointError(
                     f"{self.checkpoint.name}: its blocks take inputs that differ from sample to sample "
                     "besides the hidden states; architecture not supported"
@@ -215,9 +245,9 @@ class BlockwiseModel:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call.append((args, kwargs))
-            raise _Stop(torch.empty(0))
+            raise Stop(torch.empty(0))
 
-        with self._patched(lambda index: forward), suppress(_Stop):
+        with self._patched(lambda index: forward), suppress(Stop):
             self.skeleton(input_ids=ids, use_cache=False)
         if not call:
             raise CheckpointError(f"{self.checkpoint.name}: its blocks were not run; architecture not supported")
@@ -292,12 +322,12 @@ def _has_cache(call: BlockCall) -> bool:
     return any(isinstance(value, PackedCache) for value in (*call.args, *call.kwargs.values()))
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_values(a: Any, b: Any) -> bool:
     """Whether two nested call arguments hold equal values."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_values(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same_values, a, b))
     return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calibration.hessian import LayerStats
 from formats.encoding import Dense, Encoding
-from formats.experts import fused_tensor
+from formats.experts import expert_with
 from formats.skeleton import is_linear, is_transposed_linear, split_name
 from qtool.checkpoint import find_tensor
 from qtool.errors import ConfigError
@@ -64,7 +64,7 @@ def plan_tensors(
             plan.append(tensor if name in own else replace(tensor, is_expert=True))
     _refuse_idle_patterns(plan, recipe)
     if recipe.experts is not None and not any(tensor.spec == recipe.experts for tensor in plan):
-        if any(fused_tensor(model.skeleton, tensor.name) for tensor in plan):
+        if any(expert_with(model.skeleton, tensor.name) is not None for tensor in plan):
             raise ConfigError("--expert-format: --layer and --ignore leave it no expert; take one of them back")
         raise ConfigError(
             "--expert-format: the model has no experts that can be taken apart; --format is for all linears"
@@ -111,7 +111,7 @@ def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: 
     module = model.skeleton.get_submodule(split_name(name)[0])
     shape = tuple(find_tensor(model.skeleton, name).shape)
     spec, reason = _spec_for(module, name, shape, recipe, in_block, is_head=_is_head(model, name))
-    if spec is not None and recipe.experts is not None and fused_tensor(model.skeleton, name) is not None:
+    if spec is not None and recipe.experts is not None and expert_with(model.skeleton, name) is not None:
         spec = recipe.experts
     spec, reason, is_overridden = _overridden(name, spec, reason, recipe)
     transposed = spec is not None and is_transposed_linear(module)

@@ -76,6 +76,7 @@ class Sample:
     protocol: ProtocolName
     bos: str  # where the tokenizer's BOS stands: every window, start of the text, none
     seq_len: int
+    encoder_tokens: int | None = None  # of each window, what an encoder reads; of a model that has one
     stride: int
     windows: int
     tokens: int  # scored ones
@@ -111,15 +112,29 @@ class Windows:
         return np.repeat(of_window, _n_scored(self.first, self.sample.seq_len).numpy())
 
 
+def encoder_tokens(seq_len: int) -> int:
+    """How many tokens of a window an encoder reads: the first half; the decoder continues with the second."""
+    return seq_len // 2
+
+
 def scored(first: Tensor, seq_len: int) -> Tensor:
     """[n, seq_len - 1] bool for `first` [n]: the positions whose prediction, of the next token, is scored."""
     return torch.arange(seq_len - 1) >= first[:, None]
 
 
 def cut_windows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *, longest: int | None, source: str
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    *,
+    longest: int | None,
+    source: str,
+    halves: bool = False,
 ) -> Windows:
-    """The windows of `text`, named `source` in errors, for a model with a context of `longest` tokens."""
+    """The windows of `text`, named `source` in errors, for a model with a context of `longest` tokens.
+
+    halves: an encoder reads the first half of each, which is not scored.
+    """
     seq_len = protocol.window_length(longest)
     stride = protocol.window_stride(seq_len)
     bos = added_bos(tokenizer)
@@ -134,12 +149,15 @@ def cut_windows(
     else:
         first = torch.full((n_windows,), max(seq_len - 1 - stride, 0))
         first[0] = 0
+    if halves:
+        first.clamp_(min=encoder_tokens(seq_len) - 1)
     sample = Sample(
         data=text.name,
         data_sha256=text.sha256,
         protocol=protocol.name,
         bos="none" if bos is None else "every window" if protocol.name == "llama.cpp" else "start of the text",
         seq_len=seq_len,
+        encoder_tokens=encoder_tokens(seq_len) if halves else None,
         stride=stride,
         windows=n_windows,
         tokens=int(_n_scored(first, seq_len).sum()),

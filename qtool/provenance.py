@@ -112,7 +112,7 @@ def header_members(
         "model": {
             "model_type": model.checkpoint.config.model_type,
             "architecture": type(model.skeleton).__name__,
-            "blocks": model.block_list,
+            "blocks": model.lists.to_header(),
             "config": _config(model),
         },
         "recipe": values,

@@ -10,12 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from formats.block_lists import list_names
 from formats.encoding import Dense
 from formats.errors import FormatError
 from formats.header import Header, TensorEntry
 from formats.reader import QtmFile
 from qtool.sizes import bits_per_weight, format_bytes, stored_bytes
 
+NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")
+"""Of a block, or of an expert (`experts.3`, `expert_3`), in a tensor's name."""
 TROUBLE = {
     "harder_damped": "damped harder",
     "dropped_tokens": "left out tokens that overflow",
@@ -51,14 +54,14 @@ def inspect_open(file: QtmFile) -> dict[str, Any]:
     }
 
 
-def block_prefix(header: Header) -> str:
+def block_prefixes(header: Header) -> tuple[str, ...]:
     """What the names of the blocks' tensors start with: `model.layers.`"""
-    return f"{header.model.get('blocks')}."
+    return tuple(f"{name}." for name in list_names(header.model))
 
 
 def block_linears(header: Header) -> list[TensorEntry]:
     """The matrices of the blocks, which bits per weight are counted over."""
-    blocks = block_prefix(header)
+    blocks = block_prefixes(header)
     return [entry for entry in header.tensors if entry.name.startswith(blocks) and len(entry.shape) == 2]
 
 
@@ -171,7 +174,7 @@ def _describe_calibration(calibration: dict[str, Any]) -> str:
 
 def fold_names(names: Iterable[str]) -> str:
     """Names with the block numbers folded together: model.layers.*.input_layernorm.weight ×30."""
-    folded = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    folded = Counter(NUMBER.sub("*", name) for name in names)
     return ", ".join(name if n == 1 else f"{name} ×{n}" for name, n in folded.items())
 
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from calibration.corpus import SampleSelf, calibration_windows
 from calibration.windows import TokenWindows
+from qtool.errors import ConfigError
 from qtool.journal import write_durably
 from qtool.model import BlockwiseModel
 from qtool.recipe import Recipe
@@ -29,6 +30,11 @@ def draw_sample(
     What the model writes itself takes long: it is kept in `keep_own`, and taken from there if that exists.
     """
     spec = recipe.calibration
+    if model.has_encoder and "self" in spec.sources:
+        raise ConfigError(
+            f"--calibration {spec.source}: an encoder-decoder ({model.config.model_type}) continues a text, and writes "
+            "none of its own; give a text"
+        )
     windows = calibration_windows(
         spec.source,
         lambda text: list(tokenizer(text, verbose=False).input_ids),

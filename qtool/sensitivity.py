@@ -13,7 +13,7 @@ its weights are made when a block's turn has come, since all of them would take 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,11 @@ class Gradients:
     def __init__(self, model: BlockwiseModel, ids: Tensor, folder: Path, windows_per_batch: int) -> None:
         ids = ids[: windows_backward(ids.shape[1], windows_per_batch)]
         steps = range(len(model.blocks) + 1)
-        self._model, self._n_tokens = model, ids.numel()
+        self._model, self._predicting = model, model.predicting(ids.shape[1])
+        self._n_tokens = ids[:, self._predicting].numel()
         self._states = HiddenStates(folder, ids, windows_per_batch, [f"{FORWARD}{i}" for i in steps])
         self._gradients = HiddenStates(folder, ids, windows_per_batch, [f"{GRADIENT}{i}" for i in steps])
-        self._head = _CostSum(ids.numel())
+        self._head = _CostSum(self._n_tokens)
         self._generator = torch.Generator().manual_seed(SEED)
 
     def write(self) -> list[int]:
@@ -122,12 +123,12 @@ class Gradients:
         total = torch.zeros(self._model.vocab_size)
         with self._model.outside(head=False):
             for ids, gradient in zip(self._gradients.batches, self._gradients.read(0), strict=True):
-                with torch.enable_grad(), _started(embedding) as started:
+                with torch.enable_grad(), _started(self._model.skeleton, embedding.weight) as started:
                     states = self._model.embed(ids)
-                    [(rows, factor)] = started
-                    (found,) = torch.autograd.grad(states, [rows], gradient)
-                unique, inverse = ids.flatten().unique(return_inverse=True)
-                flat = factor * found.float().flatten(0, -2)
+                    found = torch.autograd.grad(states, [rows for _, rows, _ in started], gradient)
+                unique, inverse = torch.cat([read.flatten() for read, _, _ in started]).unique(return_inverse=True)
+                factors = [factor for _, _, factor in started]
+                flat = torch.cat([f * g.float().flatten(0, -2) for f, g in zip(factors, found, strict=True)])
                 summed = flat.new_zeros(len(unique), flat.shape[1]).index_add_(0, inverse, flat)
                 total[unique] += summed.square().sum(1) / flat.shape[1]
         self._gradients.remove(0)
@@ -159,9 +160,12 @@ class Gradients:
 
     def _at_the_head(self, states: Tensor) -> Tensor:
         """The gradient of the drawn tokens' log-likelihood at the last block's output [batch, seq, hidden]."""
-        rows = states.reshape(-1, 1, states.shape[-1])  # each a sequence of its own: the head looks at nothing beside
+        read = states[:, self._predicting]
+        rows = read.reshape(-1, 1, states.shape[-1])  # each a sequence of its own: the head looks at nothing beside
         step = max(1, LOGITS_BACKWARD // self._model.vocab_size)
-        return torch.cat([self._at_logits(part) for part in rows.split(step)]).view_as(states)
+        gradient = torch.zeros_like(states)
+        gradient[:, self._predicting] = torch.cat([self._at_logits(part) for part in rows.split(step)]).view_as(read)
+        return gradient
 
     def _at_logits(self, rows: Tensor) -> Tensor:
         head: Any = self._model.skeleton.get_output_embeddings()
@@ -244,21 +248,23 @@ def _calls(linears: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Te
 
 
 @contextmanager
-def _started(embedding: Any) -> Iterator[list[tuple[Tensor, float]]]:
-    """The outputs of `embedding`, to which gradients are to go back, and the factor that its rows have in them."""
-    seen: list[tuple[Tensor, float]] = []
+def _started(model: nn.Module, weight: Tensor) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+    """(ids, output, factor) of every look-up in the embedding `weight`: gradients are to go back to the output, in
+    which the rows have that factor.
+    """
+    seen: list[tuple[Tensor, Tensor, float]] = []
 
     def start(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        rows, output = embedding.weight.detach()[args[0]], output.detach()
+        rows, output = weight.detach()[args[0]], output.detach()
         factor = float(output.norm() / rows.norm().clamp(min=1e-30))
-        seen.append((output.requires_grad_(), factor))
-        return seen[-1][0]
+        seen.append((args[0], output.requires_grad_(), factor))
+        return output
 
-    hook = embedding.register_forward_hook(start)
-    try:
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
+    with ExitStack() as stack:
+        for embedding in embeddings:
+            stack.callback(embedding.register_forward_hook(start).remove)
         yield seen
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from qtool.pack import rounded_section
 from qtool.plan import TensorPlan
 from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
 from qtool.sample import draw_sample
+from qtool.seq2seq import blockwise_model
 from qtool.states import HiddenStates, windows_per_batch
 
 TOLERANCE = 0.02
@@ -62,7 +63,7 @@ def verify_against(file: QtmFile, checkpoint: Checkpoint, calibration: str | Non
 
     calibration: the text the file was calibrated on, where its header's name for it is not enough to find it.
     """
-    model = BlockwiseModel(checkpoint)
+    model = blockwise_model(checkpoint)
     unknown = set(model.tensor_names()) ^ set(file.tensors)
     if unknown:
         raise CheckpointError(f"{checkpoint.name}: tensor {min(unknown)} is not in both model and file; not one model")

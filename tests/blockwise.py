@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from qtool.checkpoint import open_checkpoint
-from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
+from qtool.seq2seq import blockwise_model
 
 
 def blockwise_logits(model: Path, ids: torch.Tensor) -> torch.Tensor:
-    """[batch, seq, vocab] for a folder, a GGUF file or a file of ours."""
-    blockwise = BlockwiseModel(open_checkpoint(str(model)))
+    """[batch, seq, vocab] for a folder, a GGUF file or a file of ours; of an encoder-decoder, over the second half."""
+    blockwise = blockwise_model(open_checkpoint(str(model)))
     with exact_float32():
         with blockwise.outside(head=False):
             hidden = blockwise.embed(ids)
@@ -22,7 +22,7 @@ def blockwise_logits(model: Path, ids: torch.Tensor) -> torch.Tensor:
             with blockwise.block(index):
                 hidden = blockwise.run(index, hidden)
         with blockwise.outside(head=True):
-            return blockwise.logits(hidden)
+            return blockwise.logits(hidden[:, blockwise.predicting(ids.shape[1])])
 
 
 def some_ids(batch: int = 1) -> torch.Tensor:

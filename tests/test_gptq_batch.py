@@ -68,6 +68,17 @@ def test_the_layers_are_taken_in_parts(monkeypatch, together):
     assert_alike(*layers(5, 24, 72), QuantSpec(group_size=16))
 
 
+def test_layers_that_read_one_input_share_its_factor():
+    weights, stats = layers(3, 24, 72)
+    spec = QuantSpec(**SPECS["as QMoE"])
+    shared = [stats[0], stats[0], stats[2]]
+    assert_alike(weights, shared, spec)
+    a, b, c = (factor for _, factor in gptq_quantize_all(weights, shared, spec))
+    assert a is b is not c
+    scaled = QuantSpec(group_size=8)  # by both weights, each to its own range
+    assert_alike(weights, shared, scaled)
+
+
 def test_one_that_cannot_be_factored_is_rounded_and_the_others_are_not():
     weights, stats = layers(3, 8, 16)
     stats[1] = LayerStats(torch.full((16, 16), -1.0) - torch.eye(16), 1, torch.ones(16))

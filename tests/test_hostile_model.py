@@ -195,7 +195,11 @@ def test_spec_3_4_1_a_kernel_on_the_hub_is_not_fetched(llama, tmp_path, key):
         ({"config": {"model_type": "llama", "head_dim": 10**10, "num_hidden_layers": 1}}, r"header: .*\(SPEC 3.4.1\)"),
         ({"config": {"model_type": "gptj", "n_positions": 10**9, "n_layer": 1}}, r"header: .*\(SPEC 3.4.1\)"),
         ({"config": {"model_type": "bert", "num_hidden_layers": 1}}, r"has no such tensor \(SPEC 3.4.1\)"),
-        ({"config": {"model_type": "t5", "num_layers": 1}}, r"header: .*no causal language model.*\(SPEC 3.4.1\)"),
+        ({"config": {"model_type": "clip"}}, r"header: .*'clip': no causal language model.*\(SPEC 3.4.1\)"),
+        ({"config": {"model_type": "t5", "num_layers": 1}}, r"has no such tensor \(SPEC 3.4.1\)"),
+        ({"config": {"model_type": "t5", "num_decoder_layers": 10**9}}, "num_decoder_layers=1000000000, but the file"),
+        ({"config": {"model_type": "switch_transformers", "num_experts": 10**9}}, "num_experts=1000000000, but the"),
+        ({"config": {"model_type": "mixtral", "num_local_experts": 10**9}}, "num_local_experts=1000000000, but the"),
     ],
 )
 def test_spec_3_4_1_a_config_that_does_not_fit(llama, tmp_path, model, message):

@@ -11,6 +11,7 @@ from qtool.errors import ConfigError, QuantizeError
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
 from qtool.sensitivity import SEED, Gradients, windows_backward
+from qtool.seq2seq import blockwise_model
 from qtool.states import HiddenStates
 
 SEQ_LEN = 24
@@ -28,7 +29,7 @@ def random_ids(n=6):
 def measure(folder, ids, tmp_path, windows_per_batch=1):
     """(costs by layer, cost of the head, costs of the embedding's rows); every file is gone then."""
     with exact_float32():
-        model = BlockwiseModel(open_checkpoint(str(folder)))
+        model = blockwise_model(open_checkpoint(str(folder)))
         gradients = Gradients(model, ids, tmp_path, windows_per_batch)
         checksums = gradients.write()
         gradients.check(checksums, 0)
@@ -105,35 +106,48 @@ def test_a_batch_of_windows_gives_one_gradient(tiny_files, tmp_path):
         assert three[name].inputs.trace().item() == pytest.approx(cost.inputs.trace().item(), rel=0.3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def logits_of(model, ids):
+    """At all predicted tokens; an encoder-decoder's are those of the second half."""
+    encoder, labels = ids.tensor_split([ids.shape[1] // 2], dim=1)
+    return (
+        model(input_ids=encoder, labels=labels.contiguous()) if model.config.is_encoder_decoder else model(ids)
+    ).logits
+
+
+def divergence(model, ids, before):
+    """In nats for each of them."""
+    after = logits_of(model, ids).log_softmax(-1)
+    return kl_div(after, before, log_target=True, reduction="sum").item() / after[..., 0].numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "t5"])
 def test_errors_of_rows_that_are_looked_up_cost_what_is_said(tiny_files, tmp_path, family):
-    """Gemma multiplies them by sqrt(hidden) first."""
+    """Gemma multiplies them by sqrt(hidden) first; of T5, both stacks read the same."""
     folder, ids = tiny_files.model(family), random_ids(40)
     lookups = measure(folder, ids, tmp_path)[2]
     model, generator = load_reference(folder).requires_grad_(False), torch.Generator().manual_seed(2)
     model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone())
-    before, weight = model(ids).logits.log_softmax(-1), model.get_input_embeddings().weight
+    before, weight = logits_of(model, ids).log_softmax(-1), model.get_input_embeddings().weight
     error = 0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
     weight.data.add_(error)
-    true = kl_div(model(ids).logits.log_softmax(-1), before, log_target=True, reduction="sum").item() / ids.numel()
+    true = divergence(model, ids, before)
     assert float(lookups @ error.square().sum(1)) == pytest.approx(true, rel=0.25)
 
 
-@pytest.mark.parametrize("family", FAMILIES)  # where experts are chosen, the least error can choose another one
+@pytest.mark.parametrize("family", [*FAMILIES, "t5"])  # with experts, the least error can choose another
 def test_small_errors_cost_what_is_said(tiny_files, family, tmp_path):
     """The Fisher information is the curvature of the KL divergence; one draw a token is what blurs it."""
     folder, ids = tiny_files.model(family), random_ids(40)
     costs = measure(folder, ids, tmp_path)[0]
     model, generator = load_reference(folder).requires_grad_(False), torch.Generator().manual_seed(2)
-    before, said, true = model(ids).logits.log_softmax(-1), 0.0, 0.0
+    before, said, true = logits_of(model, ids).log_softmax(-1), 0.0, 0.0
     for name, cost in costs.items():
         module = model.get_submodule(name)
         weight = module.weight.clone()
         error = 0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
         module.weight.add_(error)
-        after = model(ids).logits.log_softmax(-1)
+        true += divergence(model, ids, before)
         module.weight.copy_(weight)
-        true += kl_div(after, before, log_target=True, reduction="sum").item() / ids.numel()
         said += cost.of(error.T if is_transposed_linear(module) else error, cost.outputs)
     assert said == pytest.approx(true, rel=0.25)
 

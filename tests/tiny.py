@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB = 260
 SIZES: dict[str, Any] = {
@@ -94,6 +100,40 @@ EXPERTS: dict[str, dict[str, Any]] = {  # fused 3-D expert tensors
     },  # linears behind the mixture
     "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
 }
+TEXT_TO_TEXT = {
+    **TOKENS,
+    "decoder_start_token_id": 258,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+}
+SEQ2SEQ: dict[str, dict[str, Any]] = {  # an encoder and a decoder
+    "switch_transformers": {
+        **TEXT_TO_TEXT,
+        "num_experts": 4,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 12,  # some tokens find no room
+    },
+    "t5": TEXT_TO_TEXT,
+    "bart": {
+        **TOKENS,
+        "decoder_start_token_id": 257,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "forced_eos_token_id": None,
+    },
+}
+WIDE_ENOUGH = ("switch_transformers", "t5")  # as transformers initialises them
 
 
 WIDE: dict[str, dict[str, Any]] = {  # shapes that are whole words and groups of 32 to other engines
@@ -119,12 +159,15 @@ def make_model(
     save: goes to save_pretrained.
     """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **((FAMILIES | EXPERTS)[family] | (sizes or {})))
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)  # wide enough that its predictions depend on the text
+    config = AutoConfig.for_model(family, **((FAMILIES | EXPERTS | SEQ2SEQ)[family] | (sizes or {})))
+    model = _class_of(config).from_config(config)
+    if family not in WIDE_ENOUGH:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(3)  # wide enough that its predictions depend on the text
+    if family in SEQ2SEQ:  # or they write nothing but the same token
+        model.generation_config.update(suppress_tokens=[256, 257, 258], no_repeat_ngram_size=1)
     model.to(dtype).save_pretrained(folder, **save)
     save_tokenizer(folder)
     return folder
@@ -143,8 +186,13 @@ def save_tokenizer(folder: Path) -> None:
 
 def load_reference(folder: Path) -> PreTrainedModel:
     """The model as transformers itself loads it."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    auto = _class_of(AutoConfig.from_pretrained(folder))
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
+
+
+def _class_of(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def silence() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from formats.block_lists import BlockLists
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
 from formats.errors import FormatError, error_context
@@ -27,7 +28,6 @@ from formats.header import TensorEntry
 from formats.layer import QuantizedLinear
 from formats.layouts.affine import take_rows
 from formats.modules import owner_of
-from formats.placement import block_of
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, is_linear, split_name
 from formats.tensors import decode_tensor
@@ -96,6 +96,7 @@ class _Export:
 
     def __init__(self, file: QtmFile, engine: Engine, dtype: str | None) -> None:
         self._file, self._engine = file, engine
+        self._lists = BlockLists.of(file.header.model, file.tensors)
         self._model: PreTrainedModel = build_skeleton(model_config(file))
         self._blocks = [(names, self._linears_of(names)) for names in names_by_block(file)]
         linears = [linear for _, found in self._blocks for linear in found]
@@ -159,8 +160,7 @@ class _Export:
 
     def _is_linear_of_block(self, name: str) -> bool:
         entry = self._file.tensors[name]
-        is_of_block = block_of(name, str(self._file.header.model.get("blocks"))) is not None
-        if not is_of_block or split_name(name)[1] != "weight":
+        if self._lists.number(name) is None or split_name(name)[1] != "weight":
             return False
         with error_context(f"{self._file.label}: {entry.label}"):
             return is_linear(owner_of(self._model, name, entry.shape[::-1] if entry.transposed else entry.shape))

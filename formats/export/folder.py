@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats.block_lists import BlockLists
 from formats.errors import FormatError
-from formats.placement import block_of
 from formats.reader import QtmFile
 from formats.skeleton import without_references
 
@@ -66,10 +66,10 @@ def write_folder(
 
 def names_by_block(file: QtmFile) -> Iterable[list[str]]:
     """Tensor names, those of one block together."""
-    block_list = str(file.header.model.get("blocks"))
+    lists = BlockLists.of(file.header.model, file.tensors)
     groups: dict[int | None, list[str]] = {}
     for name in file.tensors:
-        groups.setdefault(block_of(name, block_list), []).append(name)
+        groups.setdefault(lists.number(name), []).append(name)
     return groups.values()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from formats.block_lists import BlockLists
 from formats.embedded import GENERATION_CONFIG, generation_config, model_config, tokenizer_of
 from formats.encoding import Dense
 from formats.errors import FormatError, error_context
@@ -23,7 +24,6 @@ from formats.ggml.file import TensorInfo, Value, check_free, write_gguf
 from formats.ggml.fit import fit
 from formats.ggml.types import BLOCK, TYPES
 from formats.header import TensorEntry
-from formats.placement import block_of
 from formats.reader import QtmFile
 from formats.tensors import decode_tensor
 
@@ -97,9 +97,9 @@ class _Export:
         if self.requested not in (None, *REQUESTED):
             raise FormatError(f"gguf_type={gguf_type!r}: must be one of {', '.join(REQUESTED).lower()}")
         config = model_config(file)
-        self._block_list = str(file.header.model.get("blocks"))
+        self._lists = BlockLists.of(file.header.model, file.tensors)
         with error_context(file.label):
-            self.model = GgufModel(config, self._block_list)
+            self.model = GgufModel(config, next(iter(self._lists.names), ""))
         self._n_rows = int(config.vocab_size)
 
     def tokenizer(self) -> dict[str, Value]:
@@ -113,7 +113,7 @@ class _Export:
             make = partial(self._planned, entry)
             if isinstance(entry.encoding, Dense):
                 return make("F32" if len(entry.shape) < 2 else entry.encoding.dtype)
-            is_inside = block_of(entry.name, self._block_list) is not None
+            is_inside = self._lists.number(entry.name) is not None
             wanted = self._wanted(entry) if is_inside else None
             kinds = [wanted] if wanted else SMALLEST_FIRST
             try:
@@ -154,7 +154,7 @@ class _Export:
 
     def _planned(self, entry: TensorEntry, kind: str, reason: str | None = None) -> Planned:
         info = TensorInfo(self.model.tensor_name(entry.name), entry.shape, TYPES[kind])
-        is_inside = block_of(entry.name, self._block_list) is not None
+        is_inside = self._lists.number(entry.name) is not None
         return Planned(entry=entry, info=info, in_block=is_inside, reason=reason)
 
     def _wanted(self, entry: TensorEntry) -> str | None:

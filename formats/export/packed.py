@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
-from formats.errors import error_context
+from formats.errors import FormatError, error_context
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.export.report import ExportReport
 from formats.header import TensorEntry
 from formats.modules import owner_of, section_name, takes_sections
 from formats.plugin import METHOD
 from formats.reader import QtmFile
-from formats.skeleton import build_skeleton
+from formats.skeleton import build_skeleton, parameter_names
 from formats.tensors import DTYPES, decode_tensor, section_tensor
 
 
@@ -26,6 +26,13 @@ def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> Ex
     """Write the folder: sections as tensors of bytes, the rest as it is stored."""
     model = build_skeleton(model_config(file))
     packed = {name: entry for name, entry in file.tensors.items() if _is_packed(file, model, entry)}
+    for first, *others in parameter_names(model).values():
+        for name in others:
+            if name in file.tensors and (name in packed) != (first in packed):
+                raise FormatError(
+                    f"{file.label}: of {first!r} and {name!r}, which the config ties, just one is packed, and "
+                    "transformers would take it for both; export it --to dense"
+                )
     weights: dict[str, Any] = {
         name: entry.encoding.fields() | {"shape": list(entry.shape)} for name, entry in packed.items()
     }

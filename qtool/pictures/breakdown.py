@@ -8,7 +8,7 @@ from formats.encoding import Dense, align
 from formats.header import SECTION_ALIGNMENT, TensorEntry
 from formats.preamble import PREAMBLE_BYTES
 from formats.reader import QtmFile
-from qtool.report import block_prefix
+from qtool.report import block_prefixes
 
 OUTSIDE, DENSE, FILES = "embeddings, head", "norms and others left dense", "tokenizer and other files"
 PADDING, HEADER = "padding", "header"
@@ -29,7 +29,7 @@ PARTS = (*dict.fromkeys(label for _, label in _PURPOSES), OUTSIDE, DENSE, FILES,
 def size_by_part(file: QtmFile) -> dict[str, int]:
     """Bytes by what they are for, in the order of the format; together the size of the file, to the byte."""
     sizes: Counter[str] = Counter()
-    blocks, end = block_prefix(file.header), PREAMBLE_BYTES
+    blocks, end = block_prefixes(file.header), PREAMBLE_BYTES
     for section in file.header.sections():
         sizes[PADDING] += section.offset_bytes - end
         end = section.offset_bytes + section.n_bytes
@@ -41,7 +41,7 @@ def size_by_part(file: QtmFile) -> dict[str, int]:
     return {name: sizes[name] for name in (*PARTS, *unknown) if sizes[name]}
 
 
-def _tensor_sizes(entry: TensorEntry, blocks: str) -> dict[str, int]:
+def _tensor_sizes(entry: TensorEntry, blocks: tuple[str, ...]) -> dict[str, int]:
     if len(entry.shape) == 2 and not entry.name.startswith(blocks):
         return {OUTSIDE: entry.n_bytes}
     if isinstance(entry.encoding, Dense):

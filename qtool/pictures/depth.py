@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from formats.block_lists import BlockLists
 from formats.header import Header, TensorEntry
 from qtool.pictures.axis import Axis
 from qtool.pictures.heatmap import HeatMap, draw_heat_map
 from qtool.pictures.markup import Markup
 from qtool.pictures.page import table
-from qtool.report import block_linears, block_prefix
+from qtool.report import NUMBER, block_linears
 from qtool.sizes import bits_per_weight
 
 Cell = tuple[int, int]
@@ -32,16 +32,21 @@ class Depth:
 
 def by_depth(header: Header) -> Depth:
     """Sort the blocks' linears by their names."""
-    found: dict[tuple[str, str], list[TensorEntry]] = {}
+    found: dict[tuple[str, int], list[TensorEntry]] = {}
+    lists = BlockLists.of(header.model, (entry.name for entry in header.tensors))
     for entry in sorted(block_linears(header), key=lambda entry: entry.offset_bytes):
-        block, _, rest = entry.name.removeprefix(block_prefix(header)).partition(".")
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", rest.removesuffix(".weight"))
-        found.setdefault((kind, block), []).append(entry)
+        block = lists.number(entry.name)
+        if block is not None:
+            kind = NUMBER.sub("*", lists.inside(entry.name).removesuffix(".weight"))
+            found.setdefault((kind, block), []).append(entry)
     kinds = list(dict.fromkeys(kind for kind, _ in found))
-    blocks = sorted({block for _, block in found}, key=_block_order)
-    rows, columns = ({name: index for index, name in enumerate(names)} for names in (kinds, blocks))
+    blocks = sorted({block for _, block in found})
+    rows, columns = (
+        {kind: row for row, kind in enumerate(kinds)},
+        {block: column for column, block in enumerate(blocks)},
+    )
     cells = {(rows[kind], columns[block]): entries for (kind, block), entries in found.items()}
-    return Depth(kinds=kinds, blocks=blocks, cells=cells)
+    return Depth(kinds=kinds, blocks=list(map(str, blocks)), cells=cells)
 
 
 def draw_bits(depth: Depth) -> Markup:
@@ -109,8 +114,3 @@ def _bits(entries: Sequence[TensorEntry]) -> float:
 
 def _or_dash(error: float | None) -> str:
     return "–" if error is None else f"{error:.2e}"
-
-
-def _block_order(block: str) -> tuple[float, str]:
-    """By number; what is none comes last."""
-    return (int(block), "") if block.isdecimal() else (math.inf, block)

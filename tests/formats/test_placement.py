@@ -9,18 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from formats.block_lists import BlockLists
 from formats.errors import KernelError
 from formats.placement import Sizes, by_name, on_one, spread, streamed
 
 GPUS = [torch.device("cuda", index) for index in range(4)]
+EIGHT = BlockLists(("m.h",), (8,))
 sizes_of = st.builds(
-    Sizes, st.just("m.h"), st.integers(0, 30), st.lists(st.integers(1, 20), min_size=1, max_size=8).map(tuple)
+    Sizes, st.just(EIGHT), st.integers(0, 30), st.lists(st.integers(1, 20), min_size=1, max_size=8).map(tuple)
 )
 
 
 def test_a_spread_by_hand():
     """Outside 2 and four blocks of 3 over 10 and 10: the first takes two blocks, 8 of 10, the second 6."""
-    placement = spread(GPUS[:2], [10, 10], Sizes("m.h", 2, (3, 3, 3, 3)))
+    placement = spread(GPUS[:2], [10, 10], Sizes(BlockLists(("m.h",), (4,)), 2, (3, 3, 3, 3)))
     assert placement.outside == GPUS[0]
     assert placement.blocks == (GPUS[0], GPUS[0], GPUS[1], GPUS[1])
     assert (placement.device_of(None), placement.device_of(3)) == (GPUS[0], GPUS[1])
@@ -46,7 +48,7 @@ def test_no_other_way_in_order_leaves_more_room(sizes, free):
 
 def test_streamed_blocks_lie_evenly_between_those_that_stay():
     """Room for outside 4, five blocks of 10 and two slots: three of eight are streamed."""
-    placement = streamed(GPUS[0], 74, Sizes("m.h", 4, (10,) * 8))
+    placement = streamed(GPUS[0], 74, Sizes(EIGHT, 4, (10,) * 8))
     assert placement.streamed == {1, 4, 6}
     assert set(placement.blocks) == {GPUS[0]}
 
@@ -66,7 +68,7 @@ def test_what_is_on_the_gpu_at_a_time_fits(sizes, free):
 
 def test_what_is_not_packed_stays_on_the_gpu():
     """Blocks of 10 packed and 5 dense bytes: beside two slots of 10, all the 40 dense ones."""
-    sizes = Sizes("m.h", 4, (10,) * 8, (5,) * 8)
+    sizes = Sizes(EIGHT, 4, (10,) * 8, (5,) * 8)
     assert (sizes.total, sizes.least) == (124, 4 + 40 + 20)
     assert streamed(GPUS[0], 64, sizes).streamed == set(range(8))
     with pytest.raises(KernelError, match="with all blocks offloaded"):
@@ -77,10 +79,10 @@ def test_too_small_even_for_two_blocks():
     with pytest.raises(
         KernelError, match=r"^device 'cuda:0': with all blocks offloaded the model takes 24.0 GB, 5.0 GB are free$"
     ):
-        streamed(GPUS[0], 5 * 10**9, Sizes("m.h", 4 * 10**9, (10 * 10**9,) * 8))
+        streamed(GPUS[0], 5 * 10**9, Sizes(EIGHT, 4 * 10**9, (10 * 10**9,) * 8))
 
 
-SIZES = Sizes("model.layers", 1, (1,) * 12)
+SIZES = Sizes(BlockLists(("model.layers",), (12,)), 1, (1,) * 12)
 
 
 def test_a_map_by_name():
