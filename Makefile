@@ -66,8 +66,8 @@ moe: $(STAMP)    ## train a small mixture of experts and measure it down to less
 	$(BIN)/python -m benchmarks.experts --model $(BUILD)/moe
 	$(BIN)/python -m benchmarks.ternary
 
-scale: $(REFERENCE) ## time and memory of generated mixtures of up to 20 GB: hours, and 60 GB of disk
-	$(BIN)/python -m benchmarks.scale --model $(REFERENCE) --interrupt
+scale: $(REFERENCE) ## time and memory of a generated mixture of 20 GB, killed and gone on with: half an hour, 25 GB of disk
+	$(BIN)/python -m benchmarks.scale --model $(REFERENCE)
 
 kernels: $(STAMP) ## compile the GPU kernels without a GPU and compare with the table; SM="80 90" for some
 	$(BIN)/python -m benchmarks.kernels $(if $(SM),--sm $(SM))
