@@ -27,6 +27,11 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 _method_options = _options(
     click.option(
+        "--for", "engine", metavar="[gptq|vllm|compressed-tensors|awq|gguf:q4_0|...]",
+        help="A recipe whose export is exact and fast there: gptq, vllm, compressed-tensors, awq, gguf:q4_0, "
+        "gguf:q4_1, gguf:q5_0, gguf:q5_1 or gguf:q8_0.",
+    ),
+    click.option(
         "--bits", type=float,
         help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary.  [default: 4]",
     ),
@@ -60,7 +65,7 @@ _method_options = _options(
         help="Inputs that share a scale; -1: a row. A target may halve groups of 64 and more.  "
         "[default: 128; spqr: 16; nf4, fp4, fitted: 64; trellis: -1]",
     ),
-    click.option("--sym/--asym", "symmetric", default=False, help="int: zero fixed in the middle.  [default: asym]"),
+    click.option("--sym/--asym", "symmetric", default=None, help="int: zero fixed in the middle.  [default: asym]"),
     click.option("--stat-bits", type=int, help="Bits of scales and zeros, rounded in sets.  [default: fp16; spqr: 3]"),
     click.option("--stat-rows", type=int, help="Rows that make such a set.  [default: 16]"),
     click.option("--double-quant", is_flag=True, help="Scales of nf4, fp4 and fitted in 8 bits, as QLoRA has them."),
@@ -167,6 +172,7 @@ def compress(
     log_file: Path | None,
     trust_remote_code: bool,
     as_json: bool,
+    engine: str | None,
     **recipe_options: Any,
 ) -> None:
     """Compress MODEL: a Hugging Face folder, a hub id or a GGUF file.
@@ -178,6 +184,7 @@ def compress(
     qtool compress ./my-model --method spqr --outliers 0.5%
     qtool compress ./my-mixture --method ternary
     qtool compress ./my-model --bits 3 --layer 'down_proj=4' --ignore 'layers[.]0[.]'
+    qtool compress ./my-model --for vllm
     qtool compress org/name --dry-run
 
     A run that was killed goes on where it was when the same command is given again.
@@ -187,6 +194,8 @@ def compress(
     from qtool.options import build_recipe, default_output
     from qtool.recipe import RunOptions
 
+    if engine is not None:
+        recipe_options = commands.options_for_engine(model, engine, recipe_options, trust_remote_code=trust_remote_code)
     recipe = build_recipe(**recipe_options)
     output = output or default_output(model, recipe)
     options = RunOptions(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from formats.reader import QtmFile
 from qtool.checkpoint import Checkpoint, open_checkpoint
+from qtool.engines import options_for, rules_of, shapes_of
 from qtool.errors import ConfigError
 from qtool.estimate import estimate_run
 from qtool.evaluate import evaluate_divergence, evaluate_perplexity
 from qtool.job import meet_target, prepare
 from qtool.journal import Journal, default_folder, is_unfinished
 from qtool.memory import peak_rss_bytes, reset_peak
+from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.pipeline import compress
 from qtool.protocol import Protocol
@@ -55,6 +58,18 @@ def run_compress(
         "seconds": report.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def options_for_engine(
+    model: str, engine: str, options: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """A recipe's options, those left open chosen for an engine, which depends on the model's shapes."""
+    rules_of(engine)
+    with quiet_transformers():
+        shapes = shapes_of(BlockwiseModel(_open_original(model, trust_remote_code)))
+    with suppress(re.error):  # which the recipe refuses, by name
+        shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
+    return options_for(engine, options, shapes)
 
 
 def _open_original(model: str, trust_remote_code: bool) -> Checkpoint:
