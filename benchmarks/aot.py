@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import subprocess
@@ -18,10 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from formats.kernels import triton_codes
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SOURCE = re.compile(r'^\s*//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
 WIDE_LOADS = re.compile(r"(LDG|LDGSTS)\..*128")
 TENSOR_CORES = re.compile(r"[A-Z]*MMA\b")
+FROM_GLOBAL = re.compile(r"(LDG|LDGSTS)\.")
+NARROW_STORES = re.compile(r"STS\.U(8|16)\b")
+ATOMICS = re.compile(r"(ATOM[GS]?|RED|REDG)\b")
+INSTRUCTIONS_OF_A_LOAD = 5
 LOCAL_MEMORY = re.compile(r"(LDL|STL)\b")
 
 
@@ -35,7 +44,11 @@ class Compiled:
     shared: int  # bytes of a program
     instructions: int
     wide_loads: int  # of 16 bytes, from global memory
+    code_loads: int  # of codes
+    wide_code_loads: int  # those of 16 bytes
+    narrow_stores: int  # of less than 4 bytes, to shared memory
     tensor_cores: int  # instructions for them
+    atomics: int  # whose sums come in any order
 
 
 @contextmanager
@@ -80,8 +93,10 @@ def _read(name: str, compiled: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
         Path(cubin).write_bytes(compiled.asm["cubin"])
-        usage, listing = _tool("cuobjdump", "-res-usage", cubin), _tool("nvdisasm", "-c", cubin)
-    names = INSTRUCTION.findall(listing)
+        usage, listing = _tool("cuobjdump", "-res-usage", cubin), _tool("nvdisasm", "-c", "-g", cubin)
+    found = list(_instructions(listing))
+    names = [each for each, _ in found]
+    codes = [each for each, place in found if place in _lines_of_codes() and FROM_GLOBAL.match(each)]
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None or not names:
         raise RuntimeError(f"{name}: cannot read what ptxas made of it: {usage!r}")
@@ -92,8 +107,39 @@ def _read(name: str, compiled: Any) -> Compiled:
         shared=compiled.metadata.shared,
         instructions=len(names),
         wide_loads=sum(bool(WIDE_LOADS.match(each)) for each in names),
+        code_loads=len(codes),
+        wide_code_loads=sum(bool(WIDE_LOADS.match(each)) for each in codes),
+        narrow_stores=sum(bool(NARROW_STORES.match(each)) for each in names),
         tensor_cores=sum(bool(TENSOR_CORES.match(each)) for each in names),
+        atomics=sum(bool(ATOMICS.match(each)) for each in names),
     )
+
+
+def _instructions(listing: str) -> Iterator[tuple[str, tuple[str, int]]]:
+    """(name, where it is written) of each instruction; of calls inlined into one another, the innermost counts."""
+    place, is_comment = ("", 0), False
+    for line in listing.splitlines():
+        if source := SOURCE.match(line):
+            if not is_comment:
+                place = Path(source["file"]).name, int(source["line"])
+            is_comment = True
+            continue
+        is_comment = False
+        if instruction := INSTRUCTION.match(line):
+            yield instruction.group(1), place
+
+
+@functools.cache
+def _lines_of_codes() -> frozenset[tuple[str, int]]:
+    """Where the kernels read codes: in three functions, and a few lines behind them, where nothing else is read.
+
+    Triton writes a load as several instructions, zeros for what is masked first; each counts as a line further on.
+    """
+    places = set[tuple[str, int]]()
+    for function in (triton_codes.words_of, triton_codes.path_words, triton_codes.bytes_of):
+        lines, first = inspect.getsourcelines(function.fn)
+        places |= {(Path(triton_codes.__file__).name, first + i) for i in range(len(lines) + INSTRUCTIONS_OF_A_LOAD)}
+    return frozenset(places)
 
 
 def _tool(name: str, *arguments: str) -> str:

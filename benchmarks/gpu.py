@@ -1,6 +1,6 @@
 """The GPU kernels on a GPU, beside cuBLAS with a plain fp16 weight; says why and does nothing where there is no GPU.
 
-    python -m benchmarks.gpu [--shape 4096 4096] [--tokens 1 16 256]
+    python -m benchmarks.gpu [--shape 4096 4096] [--tokens 1 16 256] [--json] [--seconds 150]
 
 Percent of the memory limit is the least that a product must move (section, activations, result) by the time it took,
 over what copying a gigabyte on the same GPU in the same run reaches.
@@ -9,6 +9,8 @@ over what copying a gigabyte on the same GPU in the same run reaches.
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from typing import Any
 
 import numpy as np
@@ -21,21 +23,42 @@ from formats.encoding import MatrixEncoding, Shape
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 COPIED_BYTES = 1 << 29
+COLUMNS = "tokens", "weight", "ms", "fp16 ms", "speed-up", "of the memory limit"
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("OUT", "IN"))
     options.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    options.add_argument("--json", action="store_true", help="a line of JSON for each row, as soon as it is measured")
+    options.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no other number of tokens after this"
+    )
     args = options.parse_args()
+    started = time.perf_counter()
     if not torch.cuda.is_available():
         print("skipped: torch finds no GPU here")
         return
     shape = tuple(args.shape)
     bytes_per_second = measured_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copies {bytes_per_second / 1e9:.0f} GB/s; weight {shape[0]} x {shape[1]}")
-    rows = [row for n in args.tokens for row in measure(shape, n, bytes_per_second)]
-    print_table(("tokens", "weight", "ms", "fp16 ms", "speed-up", "of the memory limit"), rows)
+    name = torch.cuda.get_device_name()
+    say = print_json if args.json else lambda row: None
+    say({"gpu": name, "bytes_per_second": bytes_per_second})
+    rows = []
+    for n_tokens in args.tokens:
+        if time.perf_counter() - started > args.seconds:
+            say({"left_out": n_tokens})
+            continue
+        for row in measure(shape, n_tokens, bytes_per_second):
+            say(dict(zip(COLUMNS, row, strict=True)) | {"out": shape[0], "in": shape[1]})
+            rows.append(row)
+    if not args.json:
+        print(f"{name}: copies {bytes_per_second / 1e9:.0f} GB/s; weight {shape[0]} x {shape[1]}")
+        print_table(COLUMNS, rows)
+
+
+def print_json(row: dict[str, object]) -> None:
+    print(json.dumps(row), flush=True)
 
 
 def measured_bandwidth() -> float:

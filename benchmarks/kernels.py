@@ -3,9 +3,10 @@
     python -m benchmarks.kernels [--sm 80 90] [--update]
 
 Each is compiled with the blocks it would be launched with. Fails when a kernel spills, needs more than a multiprocessor
-has, loads codes by less than 16 bytes a thread (but for the trellis, whose codes lie across) or leaves the tensor cores
-idle; and, with the version of Triton that `kernels.json` was made by, when a figure of that table has grown worse.
-`--update` writes the table anew.
+has or adds in any order; when it loads codes by less than 16 bytes a thread, leaves the tensor cores idle or hands them
+weights two bytes at a time (but for the trellis, whose codes lie across); and, with the version of Triton that
+`kernels.json` was made by, when a figure of that table has grown worse.
+`--update` writes the table's rows of these architectures anew.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ TABLE = Path(__file__).with_name("kernels.json")
 # By capability: bytes of shared memory that one program can have (CUDA programming guide, table of capabilities).
 SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 SHAPE = (4096, 4096)
+WIDE_SHAPE = (16384, 4096)  # programs enough for the widest blocks
 ODD_SHAPE = (1, 203)
 ROWS, ODD = -1, -2  # instead of tokens: rows by their numbers, one token of ODD_SHAPE
 SOME_WORSE = 1.1
+SOME_NARROW = 2  # scales of inputs, not weights
 
 
 def _uniform(bits: int, **fields: Any) -> Uniform:
@@ -52,11 +55,18 @@ FEW = {
     "trellis, 3 bits": TRELLIS,
 }
 MANY = {name: FEW[name] for name in ("4 bits", "3 bits", "8 bits", "SpQR, 3 bits", *list(FEW)[-4:])}
+WIDE = "wide"
 CASES: dict[str, tuple[MatrixEncoding, int]] = {
     **{f"{name}, 1 token": (encoding, 1) for name, encoding in FEW.items()},
+    **{f"{name}, 2 tokens": (FEW[name], 2) for name in ("3 bits", "7 bits", "SpQR, 3 bits")},
     **{f"{name}, 8 tokens": (FEW[name], 8) for name in ("4 bits", "3 bits", "SpQR, 3 bits", "trellis, 3 bits")},
-    **{f"{name}, 16 tokens": (encoding, 16) for name, encoding in MANY.items()},
-    **{f"{name}, 256 tokens": (encoding, 256) for name, encoding in MANY.items()},
+    **{f"{name}, {n} tokens": (encoding, n) for n in (16, 256) for name, encoding in MANY.items()},
+    **{f"{name}, 64 tokens": (FEW[name], 64) for name in ("3 bits", "8 bits", "SpQR, 3 bits")},
+    **{
+        f"{name}, {n} tokens, {WIDE}": (FEW[name], n)
+        for n in (32, 256)
+        for name in ("3 bits", "8 bits", "SpQR, 3 bits", "NF4, double quantization")
+    },
     **{f"{name}, decode": (FEW[name], 0) for name in ("4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits")},
     **{
         f"{name}, rows": (FEW[name], ROWS) for name in ("4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits")
@@ -72,6 +82,7 @@ CASES: dict[str, tuple[MatrixEncoding, int]] = {
 def compile_case(name: str, capability: int) -> list[dict[str, Any]]:
     """Every kernel that one call launches."""
     os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # what is kept has the lines of an earlier text
     import torch
 
     from benchmarks.aot import compiling_for
@@ -79,7 +90,7 @@ def compile_case(name: str, capability: int) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     encoding, n_tokens = CASES[name]
-    shape = ODD_SHAPE if n_tokens == ODD else SHAPE
+    shape = ODD_SHAPE if n_tokens == ODD else WIDE_SHAPE if name.endswith(WIDE) else SHAPE
     section = torch.empty(encoding.section_bytes(shape), dtype=torch.uint8)
     dtype = torch.float16 if capability < 80 else torch.bfloat16
     with compiling_for(capability) as compiled:
@@ -104,7 +115,7 @@ def main() -> None:
     columns = list(rows[0])
     print_table(columns, [[row[column] for column in columns] for row in rows])
     if args.update:
-        TABLE.write_text(json.dumps({"triton": _version(), "rows": rows}, indent=0) + "\n")
+        write_table(rows)
     limits = Limits()
     for row in rows:
         check_row(limits, row)
@@ -113,19 +124,40 @@ def main() -> None:
     limits.finish()
 
 
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """These rows, and of architectures that they leave out those of the table, if the same compiler made both."""
+    table = json.loads(TABLE.read_text())
+    new = {row["sm"] for row in rows}
+    old = [row for row in table["rows"] if row["sm"] not in new] if table["triton"] == _version() else []
+    merged = sorted(old + rows, key=lambda row: int(row["sm"]))
+    TABLE.write_text(json.dumps({"triton": _version(), "rows": merged}, indent=0) + "\n")
+
+
 def check_row(limits: Limits, row: dict[str, Any]) -> None:
     """What must hold of any kernel."""
     name = f"sm_{row['sm']}, {row['case']}, {row['kernel']}"
     limits.at_most(f"{name}: spilled", row["spilled"], 0)
+    limits.at_most(f"{name}: atomics", row["atomics"], 0)
     limits.at_most(f"{name}: bytes of shared memory", row["shared"], SHARED_BYTES[row["sm"]])
-    if (
-        row["kernel"] in ("multiply_rows", "multiply_tiles")
-        and "trellis" not in row["case"]
-        and "odd" not in row["case"]
-    ):
-        limits.at_least(f"{name}: loads of 16 bytes", row["wide_loads"], 2)  # of activations and of codes
+    if "trellis" in row["case"] or "odd" in row["case"]:
+        return
+    n_tokens = CASES[row["case"]][1]
+    if row["kernel"] == "multiply_rows" and n_tokens <= 2:
+        wide = row["code_loads"] if n_tokens == 1 else 1
+        limits.at_least(f"{name}: loads of codes of 16 bytes", row["wide_code_loads"], max(wide, 1))
     if row["kernel"] == "multiply_tiles":
         limits.at_least(f"{name}: tensor-core instructions", row["tensor_cores"], 1)
+        limits.at_least(
+            f"{name}: loads of codes of 16 bytes", row["wide_code_loads"], int(_has_wide_plane(row["case"]))
+        )
+        limits.at_most(f"{name}: stores of less than 4 bytes", row["narrow_stores"], SOME_NARROW)
+
+
+def _has_wide_plane(case: str) -> bool:
+    """Whether a thread has 16 bytes of the widest plane: not of two bits with many tokens, where codes matter least."""
+    encoding, n_tokens = CASES[case]
+    few = 16 if getattr(encoding, "stat_bits", 0) else 32
+    return n_tokens <= few or getattr(encoding, "bits", 8) >= 4
 
 
 def check_against_table(limits: Limits, rows: list[dict[str, Any]], table: dict[str, Any]) -> None:
@@ -140,9 +172,9 @@ def check_against_table(limits: Limits, rows: list[dict[str, Any]], table: dict[
         if old is None:
             limits.at_least(f"{name}: rows in kernels.json (--update adds it)", 0, 1)
             continue
-        for figure in ("registers", "shared", "instructions"):
+        for figure in ("registers", "shared", "instructions", "narrow_stores"):
             limits.at_most(f"{name}: {figure}", row[figure], SOME_WORSE * old[figure])
-        for figure in ("wide_loads", "tensor_cores"):
+        for figure in ("wide_loads", "wide_code_loads", "tensor_cores"):
             limits.at_least(f"{name}: {figure}", row[figure], old[figure] / SOME_WORSE)
 
 

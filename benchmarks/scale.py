@@ -1,23 +1,27 @@
-"""Time and memory against parameters: generated mixtures of experts, up to one of more than 20 GB on disk.
+"""Time and memory against parameters: a generated mixture of experts of more than 20 GB on disk.
 
-    python -m benchmarks.scale [--blocks 1 2 4 8] [--whole 18] [--interrupt]
+    python -m benchmarks.scale [--blocks 17] [--at 1 2 4 8]
 
 Weights are synthetic, written shard by shard in bfloat16: Qwen3-MoE's layout, 128 experts of 2048 x 768 a block, 1.2 GB
-each. Models of several blocks share their shards. With `--interrupt` the largest run is killed in the middle and given
-again. What is printed is each run's time and peak memory, the straight line through the times, and what it says of
-Switch-c2048 (1.6 trillion parameters).
+each. One run over all of it is watched: when so many blocks are finished, its time and the largest memory that it has
+held are read. After the last of these counts it is killed; the same command is given again, has to go on behind the
+last finished block, and is watched for one block more. A model of one block is compressed to its end besides, which
+says what a run costs before its first block and after its last. What is printed is all of that, the straight line
+through the times, and what it says of Switch-c2048 (1.6 trillion parameters).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
+import math
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,58 +37,72 @@ A100_FLOPS, DISK_BYTES = 19.5e12, 2e9
 """Datasheet: float32 without tensor cores; and bytes a second of a fast disk."""
 OPTIONS = ["--method", "ternary", "--samples", 16, "--seq-len", 512, "--embeddings", 8]
 SHAPES = {"gate": (EXPERT, HIDDEN), "up": (EXPERT, HIDDEN), "down": (HIDDEN, EXPERT)}
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A run when so many blocks were finished."""
+
+    blocks: int
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """That are done with."""
+        return _n_parameters(_outside_shapes()) + self.blocks * _n_parameters(_block_shapes(0))
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4, 8])
-    options.add_argument("--whole", type=int, default=17, help="blocks of the largest model; 0 leaves it out")
-    options.add_argument("--interrupt", action="store_true", help="kill the largest run once and give it again")
+    options.add_argument("--blocks", type=int, default=17, help="of the large model")
+    options.add_argument(
+        "--at", type=int, nargs="+", default=[1, 2, 4, 8], help="finished blocks to read time and memory at"
+    )
     options.set_defaults(work=Path("build/scale"))
     args = options.parse_args()
-    limits, rows = Limits(), []
-    counts = sorted({*args.blocks, args.whole} - {0})
-    for n_blocks in counts:
-        folder = args.work / f"{n_blocks}-blocks"
-        n_bytes = generate(args.work / "shards", folder, args.model, n_blocks)
-        is_last = args.interrupt and n_blocks == counts[-1]
-        made = compress(folder, args.calibration, killed_after=n_blocks // 2 if is_last else None)
-        parameters = made["inspected"]["parameters"]
-        limits.at_most(f"{n_blocks} blocks: peak memory", made["peak_rss_bytes"], MAX_RSS)
-        rows.append((n_blocks, parameters, n_bytes, made["seconds"], made["peak_rss_bytes"], made["file_bytes"]))
-    print_table(
-        ("blocks", "parameters", "on disk", "seconds", "seconds a block", "peak memory", "file"),
-        [
-            (n, f"{p / 1e9:.2f} G", f"{b / 1e9:.1f} GB", f"{s:.0f}", f"{s / n:.0f}", _gb(m), _gb(f))
-            for n, p, b, s, m, f in rows
-        ],
-    )
-    print_laws(rows)
+    if max(args.at) + 2 > args.blocks:
+        options.error(f"--at {max(args.at)}: must leave two of --blocks {args.blocks}, one to go on with and one more")
+    shutil.rmtree(args.work, ignore_errors=True)
+    try:
+        n_bytes = generate(args.work / "large", args.model, args.blocks)
+        generate(args.work / "small", args.model, 1)
+        print(f"{args.blocks} blocks, {n_bytes / 1e9:.1f} GB on disk", flush=True)
+        small = compress_whole(args.work / "small", args.calibration)
+        stamps, resumed = watch(args.work / "large", args.calibration, sorted(args.at))
+    finally:
+        shutil.rmtree(args.work, ignore_errors=True)
+    limits = Limits()
+    rows = [_row(f"{stamp.blocks} of {args.blocks}", stamp, limits) for stamp in stamps]
+    rows.append(_row(f"killed and given again: 1 more, {resumed.blocks} done", resumed, limits))
+    rows.append(_row("a model of 1 block, from start to end", small, limits))
+    print_table(("blocks", "parameters", "seconds", "peak memory"), rows)
+    print_laws([stamp for stamp in stamps if stamp.blocks])
     limits.finish()
 
 
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
+def _row(what: str, stamp: Stamp, limits: Limits) -> tuple[str, ...]:
+    limits.at_most(f"{what}: peak memory", stamp.peak_rss_bytes, MAX_RSS)
+    peak = f"{stamp.peak_rss_bytes / 1e9:.2f} GB"
+    return what, f"{stamp.parameters / 1e9:.2f} G", f"{stamp.seconds:.0f}", peak
 
 
-def generate(shards: Path, folder: Path, tokenizer_of: Path, n_blocks: int) -> int:
-    """A model of so many blocks whose files are links to shards, which are made where they are missing.  -> bytes"""
-    shards.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    names = ["outside", *(f"block-{i}" for i in range(n_blocks))]
+def _n_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def generate(folder: Path, tokenizer_of: Path, n_blocks: int) -> int:
+    """A model of so many blocks, one shard each, of which one is in memory at a time.  -> bytes of its weights"""
+    folder.mkdir(parents=True)
     weight_map: dict[str, str] = {}
-    total = 0
-    for index, name in enumerate(names):
-        path = shards / f"{name}.safetensors"
-        if not path.exists():
-            save_file(_outside() if name == "outside" else _block(index - 1), path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
-        shard = folder / path.name
-        shard.unlink(missing_ok=True)
-        os.link(path, shard)
-        total += path.stat().st_size
-        keys = _outside_shapes() if name == "outside" else _block_shapes(index - 1)
-        weight_map |= dict.fromkeys(keys, path.name)
+    n_bytes = 0
+    for index, shapes in enumerate([_outside_shapes(), *map(_block_shapes, range(n_blocks))]):
+        shard = f"model-{index:05}.safetensors"
+        seed = index * len(shapes)
+        save_file({name: _values(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}, folder / shard)
+        weight_map |= dict.fromkeys(shapes, shard)
+        n_bytes += (folder / shard).stat().st_size
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     Qwen3MoeConfig(
         vocab_size=VOCAB,
@@ -103,7 +121,7 @@ def generate(shards: Path, folder: Path, tokenizer_of: Path, n_blocks: int) -> i
         architectures=["Qwen3MoeForCausalLM"],
     ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
-    return total
+    return n_bytes
 
 
 def _outside_shapes() -> dict[str, tuple[int, ...]]:
@@ -128,16 +146,6 @@ def _block_shapes(index: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _outside() -> dict[str, torch.Tensor]:
-    return {name: _values(shape, seed=0) for name, shape in _outside_shapes().items()}
-
-
-def _block(index: int) -> dict[str, torch.Tensor]:
-    """Its tensors; 1.2 GB in memory while they are written."""
-    shapes = _block_shapes(index)
-    return {name: _values(shape, seed=1 + index * len(shapes) + i) for i, (name, shape) in enumerate(shapes.items())}
-
-
 def _values(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """bfloat16, normal; a norm's are 1."""
     if len(shape) == 1:
@@ -146,41 +154,75 @@ def _values(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5).bfloat16()
 
 
-def compress(folder: Path, calibration: Path, killed_after: int | None) -> dict[str, Any]:
-    """What `qtool compress` says of its run; `killed_after` so many blocks it is killed and given once more."""
+def command(folder: Path, calibration: Path) -> list[object]:
     output = folder.with_suffix(".qtm")
-    arguments = ["compress", folder, "-o", output, "--calibration", calibration, *OPTIONS, "--force"]
-    before = 0.0
-    if killed_after is not None:
-        started = time.perf_counter()
-        _kill_after(arguments, output, killed_after)
-        before = time.perf_counter() - started
-        print(f"killed after {killed_after} blocks and {before:.0f} s; given again", file=sys.stderr)
-    made = qtool(*arguments)
-    made["inspected"] = qtool("inspect", output)
-    made["seconds"] += before
-    output.unlink()
-    return made
+    return ["compress", folder, "-o", output, "--calibration", calibration, *OPTIONS, "--log-file", _log(folder)]
 
 
-def _kill_after(arguments: list[object], output: Path, n_blocks: int) -> None:
-    command = [sys.executable, "-m", "qtool.cli", *map(str, arguments)]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    journal = output.with_name(f"{output.name}.work") / "journal.jsonl"
+def _log(folder: Path) -> Path:
+    return folder.with_suffix(".jsonl")
+
+
+def compress_whole(folder: Path, calibration: Path) -> Stamp:
+    made = qtool(*command(folder, calibration))
+    print(f"1 block from start to end: a file of {made['file_bytes'] / 1e9:.2f} GB", flush=True)
+    return Stamp(1, made["seconds"], made["peak_rss_bytes"])
+
+
+def watch(folder: Path, calibration: Path, at: list[int]) -> tuple[list[Stamp], Stamp]:
+    """The run before its first block and when so many were finished; killed and given again, when one more was."""
+    stamps = []
+    with running(folder, calibration) as finished:
+        while not stamps or stamps[-1].blocks < at[-1]:
+            stamp = next(finished)
+            if stamp.blocks in (0, *at):
+                stamps.append(stamp)
+    n_lines = len(_layers(folder))
+    with running(folder, calibration) as finished:
+        resumed = next(finished)
+    again = {int(layer.split(".")[2]) for layer in _layers(folder)[n_lines:]}
+    if min(again) < at[-1]:
+        sys.exit(f"given again, the run began with block {min(again)}, not behind the last finished one")
+    return stamps, resumed
+
+
+def _layers(folder: Path) -> list[str]:
+    """Those that were solved, in their order."""
+    return [json.loads(line)["layer"] for line in _log(folder).read_text().splitlines()]
+
+
+@contextmanager
+def running(folder: Path, calibration: Path) -> Iterator[Iterator[Stamp]]:
+    """The run, and a stamp for each step that it ends; it is killed in the end."""
+    run = subprocess.Popen([sys.executable, "-m", "qtool.cli", *map(str, command(folder, calibration))])
+    try:
+        yield _stamps(run, folder.with_suffix(".qtm.work") / "journal.jsonl")
+    finally:
+        run.kill()
+        run.wait()
+
+
+def _stamps(run: subprocess.Popen[bytes], journal: Path) -> Iterator[Stamp]:
+    started, seen = time.perf_counter(), _n_lines(journal)
     while run.poll() is None:
-        if journal.exists() and len(journal.read_text().splitlines()) > n_blocks:
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            return
-        time.sleep(1)
-    sys.exit("the run ended before it could be killed")
+        if (n_lines := _n_lines(journal)) > seen:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            stamp = Stamp(n_lines - 1, time.perf_counter() - started, 1024 * int(status.split("VmHWM:")[1].split()[0]))
+            print(stamp, file=sys.stderr, flush=True)
+            seen = n_lines
+            yield stamp
+        time.sleep(POLL_SECONDS)
+    sys.exit("the run ended before it was to be killed")
 
 
-def print_laws(rows: list[tuple[Any, ...]]) -> None:
+def _n_lines(path: Path) -> int:
+    """Of a journal, one for what lies outside the blocks and one for each block."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def print_laws(stamps: list[Stamp]) -> None:
     """The line through the times, the spread of the memory, and what they say of a model of 1.6 trillion parameters."""
-    if len(rows) < 2:
-        return
-    parameters, seconds, memory = (np.array([row[i] for row in rows], float) for i in (1, 3, 4))
+    parameters, seconds, memory = np.array([(s.parameters, s.seconds, s.peak_rss_bytes) for s in stamps], float).T
     slope, constant = np.polyfit(parameters, seconds, 1)
     left = np.abs(seconds - slope * parameters - constant).max() / seconds.max()
     print(f"\ntime: {constant:.0f} s + {1e9 * slope:.1f} s for each billion parameters, to within {left:.1%}")

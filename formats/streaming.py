@@ -7,6 +7,7 @@ same steps are taken in order.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -57,13 +58,17 @@ class _Copy:
 
 
 class BlockStreamer:
-    """Hooks on blocks, in the order in which the model runs them."""
+    """Hooks on blocks, in the order in which the model runs them.
+
+    The blocks hold it, and it does not hold them: a model is freed, with what it has on the GPU, when it is let go.
+    """
 
     def __init__(
         self, blocks: Sequence[StreamedBlock], device: torch.device, check_source: Callable[[], None] = lambda: None
     ) -> None:
         """check_source: raises when the sections are no longer what they were; called before each copy."""
-        self._blocks, self._device, self._check_source = blocks, device, check_source
+        self._sections = [[(weakref.ref(module), section) for module, section in block.sections] for block in blocks]
+        self._device, self._check_source = device, check_source
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slots = [self._slot(max(block.n_bytes for block in blocks)) for _ in range(2)]
         if self._stream is not None:
@@ -80,8 +85,7 @@ class BlockStreamer:
         if self._stream is None:
             return _Slot(memory, None)
         memory.record_stream(self._stream)
-        sections = (section for block in self._blocks for _, section in block.sections)
-        if all(section.is_pinned() for section in sections):
+        if all(section.is_pinned() for sections in self._sections for _, section in sections):
             return _Slot(memory, None)
         return _Slot(memory, torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True))
 
@@ -92,7 +96,7 @@ class BlockStreamer:
             if self._coming is None or self._coming.block != index:
                 self._begin(index)  # the first time, or a block out of turn
             self._arrive()
-        following = (index + 1) % len(self._blocks)
+        following = (index + 1) % len(self._sections)
         if following != index:
             self._begin(following)
 
@@ -121,8 +125,9 @@ class BlockStreamer:
             torch.cuda.current_stream(self._device).wait_event(slot.arrived)
         self._block, self._at = coming.block, coming.slot
         start = 0
-        for module, section in self._blocks[coming.block].sections:
-            module.section.data = slot.memory[start : start + len(section)]
+        for reference, section in self._sections[coming.block]:
+            if (module := reference()) is not None:
+                module.section.data = slot.memory[start : start + len(section)]
             start += align(len(section), ALIGNMENT)
 
     def _copy(self, index: int, at: int) -> None:
@@ -134,7 +139,7 @@ class BlockStreamer:
             self._stream.wait_event(slot.read)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             start = 0
-            for _, section in self._blocks[index].sections:
+            for _, section in self._sections[index]:
                 part = slice(start, start + len(section))
                 if slot.staging is not None and not section.is_pinned():
                     section = slot.staging[part].copy_(section)

@@ -100,14 +100,17 @@ def _tuned(
     for n_tokens in tokens:
         x = torch.ones((n_tokens, shape[1]), dtype=dtype, device=device)
         with triton_launch.on_device_of(x):
-            if n_tokens > FEW_TOKENS and not triton_launch.has_tiles():
-                continue  # decoded for cuBLAS
+            has_tiles = triton_launch.has_tiles(dtype)
+        if n_tokens > FEW_TOKENS and not has_tiles:
+            continue  # decoded for cuBLAS
 
         def product(blocks: Any, x: Tensor = x) -> Tensor:
             return triton_launch.multiply_with(x, section, encoding, shape, blocks)
 
         with triton_launch.on_device_of(x):
-            best, found = tuning.tune(layout, n_tokens, shape[0], device, lambda blocks: time(lambda: product(blocks)))
+            best, found = tuning.tune(
+                layout, n_tokens, shape[0], device, lambda blocks: time(lambda: product(blocks)), has_tiles
+            )
         tuning.save(device)
         untried = next(iter(found))
         yield Warmed(

@@ -14,7 +14,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
-from qtool.results import Compressed, Estimated, Generated, Inspected, TaskScores, Verified
+from qtool.results import Compressed, Estimated, Generated, Imported, Inspected, TaskScores, Verified
 
 if TYPE_CHECKING:
     from formats.export.report import ExportReport
@@ -34,6 +34,7 @@ def _request(
     model: Source,
     output: Source | None = None,
     *,
+    engine: str | None = None,
     bits: float | None = None,
     method: str = "gptq",
     format: str | None = None,
@@ -41,7 +42,7 @@ def _request(
     ternary_grid: str | None = None,
     effort: str = "default",
     group_size: int | None = None,
-    symmetric: bool = False,
+    symmetric: bool | None = None,
     stat_bits: int | None = None,
     stat_rows: int | None = None,
     double_quant: bool = False,
@@ -75,8 +76,9 @@ def _request(
     trust_remote_code: bool = False,
     warn: Warn | None = None,
 ) -> Request:
-    """What is asked for; the options of `qtool compress` by their names, all but `symmetric` (`--sym`) and `layers`
-    (`--layer`, any number). warn: gets each line that a user should read; Python's warnings otherwise.
+    """What is asked for; the options of `qtool compress` by their names, all but `engine` (`--for`), `symmetric`
+    (`--sym`) and `layers` (`--layer`, any number). warn: gets each line that a user should read; Python's warnings
+    otherwise.
     """
     options = dict(locals())  # the names above, each said once
     from qtool.commands import Request
@@ -303,6 +305,14 @@ def export(
     one_of("to", to, EXPORTS)
     options: dict[str, Any] = {"dtype": dtype, "gptq_version": gptq_version, "lossy": lossy}
     return finished.run_export(Path(file), to, Path(output), overwrite=force, **options)
+
+
+def import_(source: Source, output: Source, *, assume_v1_zeros: bool = False, force: bool = False) -> Imported:
+    """Write a model that is quantized already, as GPTQ, AWQ or compressed-tensors, as a file with its numbers."""
+    from qtool import finished
+
+    found = finished.run_import(fspath(source), Path(output), assume_v1_zeros=assume_v1_zeros, overwrite=force)
+    return Imported(**{**found, "file": Path(output)})
 
 
 def plot(

@@ -165,7 +165,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         if key is None:
             raise CheckpointError(f"{self.name}: tensor {name} is missing from the weights; download the model again")
         with self._open(self._shard_of[key]) as shard:
-            dtype = str(shard.get_slice(key).get_dtype())
+            dtype = str(self._slice(shard, key).get_dtype())
         return dtype if dtype in DENSE_DTYPES else "F32"
 
     def _config_values(self) -> dict[str, Any]:
@@ -178,10 +178,14 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: not a JSON object but a {type(values).__name__}; download it again")
-        if (quantization := values.get("quantization_config")) is not None:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            raise CheckpointError(f"{self.name}: already quantized ({method}); give the original model")
+        if (quantization := values.pop("quantization_config", None)) is not None:
+            self._take_quantization(quantization)
         return values
+
+    def _take_quantization(self, quantization: Any) -> None:
+        """What config.json says of weights that are quantized; CheckpointError where they cannot be read."""
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise CheckpointError(f"{self.name}: already quantized ({method}); give the original model, or qtool import it")
 
     def _index(self) -> dict[str, str]:
         """Stored tensor name -> shard file name."""
@@ -212,6 +216,10 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self.folder / shard}: truncated or not a safetensors file ({error}); download it again"
             ) from error
+
+    def _slice(self, shard: Any, key: str) -> Any:
+        """What is stored as `key`: its shape, its dtype, and a tensor once it is indexed."""
+        return shard.get_slice(key)
 
     def bind(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -249,7 +257,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _differ(self, a: str, b: str) -> bool:
         with self._open(self._shard_of[a]) as one, self._open(self._shard_of[b]) as other:
-            x, y = one.get_slice(a), other.get_slice(b)
+            x, y = self._slice(one, a), self._slice(other, b)
             if x.get_shape() != y.get_shape():
                 return True
             starts = range(0, x.get_shape()[0], ROWS_COMPARED)
@@ -267,7 +275,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             shards = {shard: stack.enter_context(self._open(shard)) for shard in needed}
 
             def slices(keys: Iterable[str]) -> dict[str, Any]:
-                return {key: shards[self._shard_of[key]].get_slice(key) for key in keys}
+                return {key: self._slice(shards[self._shard_of[key]], key) for key in keys}
 
             try:
                 if keys:  # transformers goes through the whole model for them; of experts there are many such calls

@@ -11,7 +11,7 @@ import click
 from qtool import __version__, api
 from qtool.cli_compress import compress
 from qtool.cli_eval import evaluate
-from qtool.cli_export import export
+from qtool.cli_export import export, import_
 from qtool.cli_group import CommandGroup
 from qtool.cli_options import defaults_of, emit, json_option, kv_bits_option, text_field_option
 from qtool.cli_plot import plot
@@ -19,7 +19,7 @@ from qtool.cli_plot import plot
 
 @click.group(
     cls=CommandGroup,
-    commands=[compress, evaluate, plot, export],
+    commands=[compress, evaluate, plot, export, import_],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="qtool")

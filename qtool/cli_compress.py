@@ -28,6 +28,11 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 _method_options = _options(
     click.option(
+        "--for", "engine", metavar="[gptq|vllm|compressed-tensors|awq|gguf:q4_0|...]",
+        help="A recipe whose export is exact and fast there: gptq, vllm, compressed-tensors, awq, gguf:q4_0, "
+        "gguf:q4_1, gguf:q5_0, gguf:q5_1 or gguf:q8_0.",
+    ),
+    click.option(
         "--bits", type=float,
         help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary.  [default: 4]",
     ),
@@ -167,6 +172,7 @@ def compress(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     qtool compress ./my-model --method spqr --outliers 0.5%
     qtool compress ./my-mixture --method ternary
     qtool compress ./my-model --bits 3 --layer 'down_proj=4' --ignore 'layers[.]0[.]'
+    qtool compress ./my-model --for vllm
     qtool compress org/name --dry-run
 
     A run that was killed goes on where it was when the same command is given again.

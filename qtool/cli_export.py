@@ -1,4 +1,4 @@
-"""`qtool export`: its options, parsed and handed on."""
+"""`qtool export` and `qtool import`: their options, parsed and handed on."""
 
 from __future__ import annotations
 
@@ -46,3 +46,29 @@ def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> 
 
     report = api.export(file, output, to=to, **options)
     emit({"folder": str(output), "to": to} | report.to_dict(), format_export(output, report), as_json)
+
+
+@defaults_of(api.import_)
+@click.command("import")
+@click.argument("source", metavar="DIR")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="New .qtm file.")
+@click.option(
+    "--assume-v1-zeros", is_flag=True,
+    help="GPTQ of version 1 with zeros, by a program that is not known to store them less one: it did.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@json_option
+def import_(source: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Take over a model that is quantized already, as it is: DIR holds GPTQ, AWQ or compressed-tensors.
+
+    \b
+    qtool import ./model-gptq -o model.qtm
+    qtool import ./model-awq -o model.qtm --json
+
+    Codes, scales and zeros are those of DIR. A tensor whose scales or zeros a .qtm file cannot hold is decoded and
+    stored whole, and listed.
+    """
+    from qtool.finished import format_import
+
+    result = api.import_(source, output, **options).to_dict()
+    emit(result, format_import(result), as_json)

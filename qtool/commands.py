@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from formats.reader import QtmFile
 from qtool.checkpoint import Checkpoint, open_checkpoint
+from qtool.engines import options_for, rules_of, shapes_of
 from qtool.errors import ConfigError
 from qtool.estimate import estimate_run
 from qtool.evaluation import DivergenceResult, PerplexityResult, evaluate_divergence, evaluate_perplexity
 from qtool.job import meet_target, prepare
 from qtool.journal import Journal, default_folder, is_unfinished
 from qtool.memory import parse_size, peak_rss_bytes, reset_peak
+from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.options import build_recipe, default_output
 from qtool.pipeline import compress
@@ -55,7 +59,10 @@ class Request:
             log_file=None if log_file is None else Path(log_file),
             cluster=rest.pop("cluster"),
         )
-        recipe = build_recipe(number_format=rest.pop("format"), **rest)
+        engine, rest["number_format"] = rest.pop("engine"), rest.pop("format")
+        if engine is not None:
+            rest = options_for_engine(model, engine, rest, trust_remote_code=trust_remote_code)
+        recipe = build_recipe(**rest)
         output = default_output(model, recipe) if output is None else Path(output)
         return cls(
             model=model, output=output, recipe=recipe, options=run, trust_remote_code=trust_remote_code, warn=warn
@@ -85,6 +92,18 @@ def run_compress(request: Request) -> Compressed:
         seconds=report.seconds,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def options_for_engine(
+    model: str, engine: str, options: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """A recipe's options, those left open chosen for an engine, which depends on the model's shapes."""
+    rules_of(engine)
+    with quiet_transformers():
+        shapes = shapes_of(BlockwiseModel(_open_original(model, trust_remote_code)))
+    with suppress(re.error):  # which the recipe refuses, by name
+        shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
+    return options_for(engine, options, shapes)
 
 
 def _open_original(model: str, trust_remote_code: bool) -> Checkpoint:

@@ -92,6 +92,21 @@ def format_export(output: Path, report: ExportReport) -> str:
     return f"{text}\n{lines}\n{len(rows)} tensors were rounded again, {worst.name} lost most: {100 * worst.error:.3g}%"
 
 
+def run_import(source: str, output: Path, *, assume_v1_zeros: bool, overwrite: bool) -> dict[str, Any]:
+    """What the new file holds."""
+    from qtool.imports import import_model
+
+    with quiet_transformers():
+        return import_model(source, output, overwrite=overwrite, assume_v1_zeros=assume_v1_zeros)
+
+
+def format_import(result: dict[str, Any]) -> str:
+    """What became of it, and each layer whose codes our file cannot hold."""
+    lines = [f"{result['file']}: {result['bytes']:,} bytes, {result['packed']} quantized tensors as they were"]
+    lines += [f"{name}: decoded to float32, for {reason}" for name, reason in result["left_dense"].items()]
+    return "\n".join(lines)
+
+
 def run_generate(
     file: Path,
     prompt: str,

@@ -39,6 +39,7 @@ def build_recipe(
     bits: float | None = None,
     expert_format: str | None = None,
     ternary_grid: str | None = None,
+    widths: tuple[int, ...] = (),
     **linears: Any,
 ) -> Recipe:
     """The recipe of a command's options; ConfigError names the value that makes no sense."""
@@ -73,6 +74,7 @@ def build_recipe(
         ),
         target=target,
         fused=fused,
+        widths=widths,
         independent=independent,
         layers=tuple(_layer_bits(text) for text in layers),
         ignore=tuple(ignore),

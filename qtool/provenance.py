@@ -84,7 +84,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Everything but the calibration text that decides the bytes of the result, as JSON holds it."""
     identity = {
-        "versions": _versions(),
+        "versions": versions(),
         "recipe": recipe.to_dict(),
         "weights": {source["name"]: source["sha256"] for source in sources},
         "config": _sha256(json.dumps(_config(model), sort_keys=True).encode()),
@@ -109,15 +109,10 @@ def header_members(
         samples, seq_len = windows.ids.shape
         values["calibration"] |= {"source": windows.source, "samples": samples, "seq_len": seq_len}
     return {
-        "model": {
-            "model_type": model.checkpoint.config.model_type,
-            "architecture": type(model.skeleton).__name__,
-            "blocks": model.lists.to_header(),
-            "config": _config(model),
-        },
+        "model": model_member(model),
         "recipe": values,
         "provenance": {
-            **_versions(),
+            **versions(),
             **({} if model.checkpoint.hub_id is None else {"base_model": model.checkpoint.hub_id}),
             "source_format": model.checkpoint.format,
             "source_files": sources,
@@ -166,8 +161,18 @@ def machine() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {"qtool": qtool.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def model_member(model: BlockwiseModel) -> dict[str, Any]:
+    """What a file says of its model."""
+    return {
+        "model_type": model.checkpoint.config.model_type,
+        "architecture": type(model.skeleton).__name__,
+        "blocks": model.lists.to_header(),
+        "config": _config(model),
+    }
 
 
 def _config(model: BlockwiseModel) -> dict[str, Any]:

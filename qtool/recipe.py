@@ -190,6 +190,7 @@ class Recipe:
     target: Target | None = None  # spread bits over the layers to meet it
     independent: bool = False  # each block is calibrated on what the uncompressed ones before it give
     fused: bool = False  # linears that read one input get one width: q, k, v; gate, up
+    widths: tuple[int, ...] = ()  # bits that a target may choose; none: all that the format has
 
     def __post_init__(self) -> None:
         is_open = self.embeddings == 0 and self.target is not None and self.target.size_bytes > 0

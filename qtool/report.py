@@ -94,8 +94,9 @@ def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("quantized", f"{found['quantized_share']:.2%} of the parameters"),
         ("recipe", _describe_recipe(recipe, linears)),
         ("calibration", _describe_calibration(calibration)),
-        ("relative error", f"{found['quality'].get('mean_relative_error', 0):.3e} on average"),
     ]
+    if "imported" not in recipe:  # whose error nobody here knows
+        lines.append(("relative error", f"{found['quality'].get('mean_relative_error', 0):.3e} on average"))
     for key, text in TROUBLE.items():
         if key != "dropped_tokens":  # whose number is told
             lines += [("warning", f"{name} {text}") for name in found["quality"].get(key, ())]
@@ -122,6 +123,8 @@ def _describe_experts(mixtures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _describe_recipe(recipe: dict[str, Any], linears: dict[str, Any]) -> str:
+    if "imported" in recipe:
+        return f"taken over as it was ({recipe['imported']})"
     words = [linears.get("method"), linears.get("format", "int"), _describe_bits(recipe, linears)]
     words.append("a scale per row" if linears.get("group_size") == -1 else f"group size {linears.get('group_size')}")
     if linears.get("format", "int") == "int":

@@ -110,3 +110,13 @@ class TaskScores(Figures):
     num_fewshot: dict[str, int]
     lm_eval: str  # its version
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported(Figures):
+    """A file with the numbers of a model that was quantized elsewhere."""
+
+    file: Path
+    bytes: int
+    packed: int  # tensors that stay quantized
+    left_dense: dict[str, str]  # name -> why it is decoded

@@ -56,7 +56,8 @@ def candidates(recipe: Recipe) -> dict[str, QuantSpec]:
         variants.append(replace(spec, group_size=spec.group_size // 2))
     if spec.keeps_outliers and not spec.outliers_pay:  # their price says how many each width is to keep
         variants += [replace(v, outliers=0.0, outlier_threshold=0.0, outliers_pay=False) for v in variants]
-    return {key_of(made): made for v in variants for made in (replace(v, bits=bits) for bits in BITS[spec.format])}
+    widths = recipe.widths or BITS[spec.format]
+    return {key_of(made): made for v in variants for made in (replace(v, bits=bits) for bits in widths)}
 
 
 def embedding_candidates(recipe: Recipe) -> dict[str, QuantSpec]:

@@ -146,10 +146,13 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
     if path.is_file():
         raise CheckpointError(f"{name}: neither a .qtm file nor a model folder; compress it first")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from formats.skeleton import is_encoder_decoder
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(AutoConfig.from_pretrained(name)) else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(name, dtype=torch.float32)
         return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error

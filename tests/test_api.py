@@ -25,10 +25,11 @@ COMMANDS = {
     ("generate",): api.generate,
     ("warm",): api.warm,
     ("export",): api.export,
+    ("import",): api.import_,
     ("plot",): api.plot,
 }
 PRINTED = {"as_json", "dry_run", "tensors"}  # what a command does with a result, or which function it calls
-SPELLED = {"symmetric": "--sym", "layers": "--layer"}
+SPELLED = {"engine": "--for", "symmetric": "--sym", "layers": "--layer"}
 
 
 def find_command(path):

@@ -122,7 +122,8 @@ def test_config_that_makes_no_sense(refuse, model, change):
 @pytest.mark.parametrize("method", ["gptq", "awq", None])
 def test_model_that_is_quantized_already(refuse, model, method):
     edit_config(model, quantization_config={"quant_method": method} if method else {})
-    assert refuse(model) == f"{model}: already quantized ({method or 'unknown'}); give the original model"
+    message = f"{model}: already quantized ({method or 'unknown'}); give the original model, or qtool import it"
+    assert refuse(model) == message
 
 
 def test_missing_shard(refuse, tmp_path):

@@ -6,11 +6,14 @@ import os
 
 import pytest
 import torch
+from invoke import qtool_json
 from tiny import PACKED_KINDS
+from transformers import AutoModelForCausalLM
 
 import qtool
 from formats.build import build_model
 from formats.kv_cache import PackedCache
+from formats.modules import QuantLinear
 from formats.placement import Placement, Sizes
 from formats.reader import QtmFile
 
@@ -40,6 +43,32 @@ def test_a_model_gives_what_the_cpu_gives(tiny_files, family, options, dtype):
     within = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     for ids in (IDS[:1, :4], IDS):  # rows, and tiles
         assert apart(logits(model, ids), logits(qtool.load(path), ids)) <= within
+
+
+@pytest.mark.parametrize(("family", "options"), PACKED_KINDS[:2])
+def test_an_exported_folder_gives_what_the_file_gives(tiny_files, tmp_path, family, options):
+    path = tiny_files.compressed(family, *options)
+    qtool_json("export", path, "--to", "transformers", "-o", tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float16).eval().to("cuda")
+    want = qtool.load(path, device="cuda", dtype=torch.float16)
+    assert torch.equal(logits(model), logits(want))
+
+
+def test_no_layer_waits_for_the_gpu(tiny_files):
+    """What would, is an error to torch then."""
+    model = qtool.load(tiny_files.compressed("llama", *dict(PACKED_KINDS)["llama"]), device="cuda")
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    inputs = [[torch.ones(n, layer.in_features, device="cuda") for n in (1, 8, 64)] for layer in layers]
+    for layer, each in zip(layers, inputs, strict=True):
+        for x in each:
+            layer(x.half())  # compiled, and its tables made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer, each in zip(layers, inputs, strict=True):
+            for x in each:
+                layer(x.half())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_generation_is_deterministic(tiny_files):

@@ -97,6 +97,24 @@ def test_pipelines_take_it(exported):
     assert text[0]["generated_text"] == "the of" + want["text"]
 
 
+@pytest.mark.filterwarnings("default")  # of another project
+def test_lm_eval_takes_it(exported):
+    """By the folder's name, as its command line does; the score of an answer is the sum of its tokens' logarithms."""
+    reason = "lm_eval is no dependency: pip install lm_eval"
+    models = pytest.importorskip("lm_eval.models.huggingface", reason=reason, exc_type=ImportError)
+    from lm_eval.api.instance import Instance
+
+    file, folder = exported("llama")
+    asked, answer = "the of", " and"
+    taken = models.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    ((score, _),) = taken.loglikelihood([Instance("loglikelihood", {}, (asked, answer), 0)], disable_tqdm=True)
+    ids = AutoTokenizer.from_pretrained(folder)(asked + answer, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logs = qtool.load(file)(ids).logits[0, :-1].log_softmax(-1)
+    want = logs.gather(1, ids[0, 1:, None])[-len(answer) :].sum()
+    assert score == pytest.approx(want.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("order", ["import qtool, transformers", "import transformers.quantizers.auto, qtool"])
 def test_importing_qtool_is_enough_before_and_after_transformers(exported, order):
     _, folder = exported("llama")

@@ -145,3 +145,8 @@ def test_a_task_that_nobody_knows(tiny_files, folder):
     assert (done.returncode, done.stdout) == (1, "")
     line = "Error: --tasks nope: no such task; lm-eval ls tasks lists them, --include-path adds your own"
     assert done.stderr.splitlines()[-1] == line
+
+
+def test_an_encoder_decoder_is_asked_as_one(tiny_files):
+    for model in (tiny_files.model("t5"), tiny_files.compressed("t5")):
+        assert type(tasks._load(str(model), "cpu")[0]).__name__ == "T5ForConditionalGeneration"

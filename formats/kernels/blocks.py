@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 import triton
 
-from formats.kernels.layout import BYTES, TABLE, TRELLIS, Layout
+from formats.kernels.layout import BYTES, TRELLIS, TWO_LEVEL, Layout
 
 FEW_TOKENS = 8
-"""Up to so many are multiplied row by row: tensor cores would have next to nothing to do."""
+"""The kernel by rows takes so many at most."""
+TILES_FROM = 3
+"""From so many on, tiles take fewer instructions a weight than rows do (`make kernels`), where there are tiles."""
+LEAST_OF_TENSOR_CORES = 16
+MOST_TOKENS = 128
 PROGRAMS = 96
 """Wanted at least: about one for each multiprocessor of a large GPU. More splits would move more sums than codes."""
 MOST_SPLITS = 16
 LEAST_INPUTS = 32
+TILE_WEIGHTS = 8192
+"""Of a tile: 64 to a thread, so that a plane of two bits is read 16 bytes to a thread, and 32 with many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +33,44 @@ class Blocks:
     warps: int
     stages: int
 
+    @property
+    def is_tile(self) -> bool:
+        """For the tensor cores, else by rows."""
+        return self.tokens > FEW_TOKENS
 
-def blocks_for(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
+
+def blocks_for(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = True) -> Blocks:
     """The blocks for a shape: wide ones, as long as there are programs enough, and inputs split where there are not."""
-    few = n_tokens <= FEW_TOKENS
-    if few:
-        tokens = triton.next_power_of_2(n_tokens)
-        outputs, inputs, warps, stages = 8, 1024 if tokens < 4 else 512, 4, 2
-    else:
-        tokens = min(triton.next_power_of_2(n_tokens), 128)
-        outputs, inputs, warps, stages = 128 if tokens == 128 else 64, 64, 8 if tokens == 128 else 4, 3
-    if few and layout.kind == TRELLIS:
+    by_tiles = n_tokens > FEW_TOKENS or (has_tiles and n_tokens >= TILES_FROM)
+    return (_tile if by_tiles else _rows)(layout, n_tokens, n_outputs)
+
+
+def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
+    tokens = triton.next_power_of_2(n_tokens)
+    outputs, inputs, warps = 8, 1024 if tokens < 4 else 512, 4
+    if layout.kind == TRELLIS:
         outputs, inputs = (128, 32) if tokens < 4 else (32, 64)  # 128: 16 bytes of an input's path
-    if layout.kind == BYTES and (few or tokens == 128):
-        inputs //= 2  # more spills on Turing, and on Blackwell
-    if layout.kind == TABLE and tokens == 128:
-        stages = 2  # likewise
-    while outputs > 32 and triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs) < PROGRAMS:
+    elif layout.kind == BYTES:
+        inputs //= 2  # more spills on Turing
+    elif layout.bits % 2 == 1 and tokens == 1:
+        warps = 2  # 16 bytes to a thread also of the plane of one bit
+    return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, warps, 2), 1)
+
+
+def _tile(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
+    tokens = min(max(triton.next_power_of_2(n_tokens), LEAST_OF_TENSOR_CORES), MOST_TOKENS)
+    outputs, programs = MOST_TOKENS if tokens == MOST_TOKENS else 64, triton.cdiv(n_tokens, tokens)
+    while outputs > 32 and programs * triton.cdiv(n_outputs, outputs) < PROGRAMS:
         outputs //= 2
-    inputs = max(min(inputs, triton.next_power_of_2(layout.n_inputs)), LEAST_INPUTS)
-    programs = triton.cdiv(n_tokens, tokens) * triton.cdiv(n_outputs, outputs)
+    inputs = TILE_WEIGHTS // outputs
+    if layout.scales == TWO_LEVEL and tokens > LEAST_OF_TENSOR_CORES:
+        inputs //= 2  # statistics of its groups take registers, and room in shared memory
+    return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, 8 if tokens >= 64 else 4, 3), programs)
+
+
+def _split(layout: Layout, n_outputs: int, blocks: Blocks, programs: int) -> Blocks:
+    """With as many splits as make programs enough; programs: of each block of outputs."""
+    inputs = max(min(blocks.inputs, triton.next_power_of_2(layout.n_inputs)), LEAST_INPUTS)
+    programs *= triton.cdiv(n_outputs, blocks.outputs)
     splits = min(max(PROGRAMS // programs, 1), triton.cdiv(layout.n_inputs, inputs), MOST_SPLITS)
-    return Blocks(tokens, outputs, inputs, splits, warps, stages)
+    return Blocks(blocks.tokens, blocks.outputs, inputs, splits, blocks.warps, blocks.stages)

@@ -34,8 +34,8 @@ def small_float(codes):
 
 
 @triton.jit
-def fields(section, offset, rows, keep, first, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr):
-    """BLOCK_K fields of a plane of codes from input `first`, which begins a word.  -> [BLOCK_N, BLOCK_K] u32"""
+def words_of(section, offset, rows, keep, first, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The words of a plane with the codes of BLOCK_K inputs from `first`, which begins one.  -> [BLOCK_N, words] u32"""
     PER_WORD: tl.constexpr = 32 // WIDTH
     ROW_WORDS: tl.constexpr = (L.n_fields * WIDTH + 31) // 32
     words = first // PER_WORD + tl.arange(0, BLOCK_K // PER_WORD)
@@ -44,15 +44,34 @@ def fields(section, offset, rows, keep, first, WIDTH: tl.constexpr, L: tl.conste
         packed = tl.load(pointers, mask=keep[:, None], other=0)
     else:
         packed = tl.load(pointers, mask=keep[:, None] & (words < ROW_WORDS)[None, :], other=0)
-    shifts = WIDTH * tl.arange(0, PER_WORD)
-    spread = (packed[:, :, None] >> shifts[None, None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(spread, (rows.shape[0], BLOCK_K))
+    return packed
+
+
+@triton.jit
+def fields(
+    section, offset, rows, keep, first,
+    WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K fields of a plane of codes from input `first`, which begins a word.  -> [BLOCK_N, BLOCK_K] u32
+
+    JOINED: a word's fields stay with the thread that has the word, else they are spread over a warp.
+    """
+    packed = words_of(section, offset, rows, keep, first, WIDTH, L, BLOCK_K)
+    if JOINED:
+        spread = packed
+        for half in tl.static_range(5):
+            if (16 >> half) >= WIDTH:
+                spread = tl.join(spread, spread >> (16 >> half))
+    else:
+        shifts = WIDTH * tl.arange(0, 32 // WIDTH)
+        spread = packed[:, :, None] >> shifts[None, None, :]
+    return tl.reshape(spread & ((1 << WIDTH) - 1), (rows.shape[0], BLOCK_K))
 
 
 @triton.jit
 def codes_of(
     section, offsets, rows, keep, first,
-    L: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, BLOCK_K: tl.constexpr,
+    L: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_K codes of BITS bits from number `first`; part FIRST is the first plane.  -> [BLOCK_N, BLOCK_K] u32"""
     N_8: tl.constexpr = BITS // 8
@@ -60,13 +79,13 @@ def codes_of(
     N_2: tl.constexpr = BITS // 2 % 2
     codes = tl.zeros((rows.shape[0], BLOCK_K), tl.uint32)
     if N_8 == 1:
-        codes |= fields(section, offsets[FIRST], rows, keep, first, 8, L, BLOCK_K)
+        codes |= fields(section, offsets[FIRST], rows, keep, first, 8, L, BLOCK_K, JOINED)
     if N_4 == 1:
-        codes |= fields(section, offsets[FIRST + N_8], rows, keep, first, 4, L, BLOCK_K)
+        codes |= fields(section, offsets[FIRST + N_8], rows, keep, first, 4, L, BLOCK_K, JOINED)
     if N_2 == 1:
-        codes |= fields(section, offsets[FIRST + N_8 + N_4], rows, keep, first, 2, L, BLOCK_K) << (4 * N_4)
+        codes |= fields(section, offsets[FIRST + N_8 + N_4], rows, keep, first, 2, L, BLOCK_K, JOINED) << (4 * N_4)
     if BITS % 2 == 1:
-        found = fields(section, offsets[FIRST + N_8 + N_4 + N_2], rows, keep, first, 1, L, BLOCK_K)
+        found = fields(section, offsets[FIRST + N_8 + N_4 + N_2], rows, keep, first, 1, L, BLOCK_K, JOINED)
         codes |= found << (4 * N_4 + 2 * N_2)
     return codes
 
@@ -157,12 +176,18 @@ def zeros_of(section, offsets, rows, groups, keep, L: tl.constexpr):
 
 @triton.jit
 def look_up(section, tables, offsets, codes, L: tl.constexpr):
-    """The level of every code.  -> f32"""
+    """The level of every code.  -> f32
+
+    Out of shared memory, which gives a warp any of 32 levels at once: loads from global memory would be waited for.
+    """
+    N_LEVELS: tl.constexpr = 1 << (L.bits + 1 if L.kind == TRELLIS else L.bits)
+    numbers = tl.arange(0, N_LEVELS)
     if L.has_levels:
-        levels = tl.load(part(section, offsets[L.at_levels], tl.float16) + codes.to(tl.int32)).to(tl.float32)
+        levels = tl.load(part(section, offsets[L.at_levels], tl.float16) + numbers).to(tl.float32)
     else:
-        levels = tl.load(tables + L.at_table + codes.to(tl.int32))
-    return levels
+        levels = tl.load(tables + L.at_table + numbers)
+    found = tl.gather(levels, tl.reshape(codes, (codes.numel,)).to(tl.int32), 0)
+    return tl.reshape(found, codes.shape)
 
 
 @triton.jit
@@ -192,7 +217,9 @@ def path_words(section, offsets, inputs, keep, words, L: tl.constexpr):
 
 
 @triton.jit
-def trellis_units(section, tables, offsets, inputs, keep, first, L: tl.constexpr, BLOCK_N: tl.constexpr):
+def trellis_units(
+    section, tables, offsets, inputs, keep, first, L: tl.constexpr, BLOCK_N: tl.constexpr, JOINED: tl.constexpr
+):
     """The levels of BLOCK_N outputs from `first`, which begins a word of the path.  -> [BLOCK_N, BLOCK_K] f32"""
     words = first // 32 + tl.arange(0, BLOCK_N // 32)
     path, before = path_words(section, offsets, inputs[:, None], keep[:, None], words[None, :], L)
@@ -201,7 +228,7 @@ def trellis_units(section, tables, offsets, inputs, keep, first, L: tl.constexpr
     high = (subset_words(path, before, L, 1)[:, :, None] >> shifts) & 1
     codes = tl.reshape(low | (high << 1), (inputs.shape[0], BLOCK_N))
     if L.bits > 1:
-        codes |= codes_of(section, offsets, inputs, keep, first, L, L.bits - 1, 1, BLOCK_N) << 2
+        codes |= codes_of(section, offsets, inputs, keep, first, L, L.bits - 1, 1, BLOCK_N, JOINED) << 2
     return tl.trans(look_up(section, tables, offsets, codes, L))
 
 
@@ -218,20 +245,27 @@ def trellis_code_at(section, offsets, rows, columns, keep, L: tl.constexpr):
 
 
 @triton.jit
-def units_of(section, tables, offsets, rows, keep, first, L: tl.constexpr, BLOCK_K: tl.constexpr):
+def bytes_of(section, offset, rows, keep, first, L: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K signed bytes of every row from input `first`.  -> [BLOCK_N, BLOCK_K] i8"""
+    inputs = first + tl.arange(0, BLOCK_K)
+    at = rows[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
+    inside = keep[:, None] & (inputs < L.n_inputs)[None, :]
+    found = tl.load(part(section, offset, tl.int8) + at, mask=inside, other=0)
+    return found
+
+
+@triton.jit
+def units_of(section, tables, offsets, rows, keep, first, L: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr):
     """What BLOCK_K inputs from `first` have to be scaled by their groups' scales.  -> [BLOCK_N, BLOCK_K] f32"""
     SPANS: tl.constexpr = BLOCK_K // L.span
     if L.kind == BYTES:
-        inputs = first + tl.arange(0, BLOCK_K)
-        at = rows[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
-        inside = keep[:, None] & (inputs < L.n_inputs)[None, :]
-        units = tl.load(part(section, offsets[0], tl.int8) + at, mask=inside, other=0).to(tl.float32)
+        units = bytes_of(section, offsets[0], rows, keep, first, L, BLOCK_K).to(tl.float32)
     elif L.kind == TRELLIS:
         inputs = first + tl.arange(0, BLOCK_K)
         top = tl.multiple_of(tl.min(rows), rows.shape[0])
-        units = trellis_units(section, tables, offsets, inputs, inputs < L.n_inputs, top, L, rows.shape[0])
+        units = trellis_units(section, tables, offsets, inputs, inputs < L.n_inputs, top, L, rows.shape[0], JOINED)
     else:
-        codes = codes_of(section, offsets, rows, keep, first, L, L.bits, 0, BLOCK_K)
+        codes = codes_of(section, offsets, rows, keep, first, L, L.bits, 0, BLOCK_K, JOINED)
         if L.kind == TABLE:
             units = look_up(section, tables, offsets, codes, L)
         else:
@@ -249,13 +283,18 @@ def groups_from(first, L: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def weights_of(section, tables, offsets, rows, keep, first, L: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The decoded weight, neither outliers nor input scales counted in.  -> [BLOCK_N, BLOCK_K] f32"""
+def scales_from(section, tables, offsets, rows, keep, first, L: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scale of every span of BLOCK_K inputs from `first` on.  -> [BLOCK_N, spans] f32"""
     groups = groups_from(first, L, BLOCK_K)
-    units = units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K)
-    scales = scales_of(section, tables, offsets, rows[:, None], groups[None, :], keep[:, None], L)
-    spans = tl.reshape(units, (rows.shape[0], BLOCK_K // L.span, L.span)) * scales[:, :, None]
-    return tl.reshape(spans, (rows.shape[0], BLOCK_K))
+    return scales_of(section, tables, offsets, rows[:, None], groups[None, :], keep[:, None], L)
+
+
+@triton.jit
+def scaled(units, scales, L: tl.constexpr):
+    """units [BLOCK_N, BLOCK_K] times the scales [BLOCK_N, spans] of their groups: the weight, neither outliers nor
+    input scales counted in."""
+    spans = tl.reshape(units, (scales.shape[0], scales.shape[1], L.span)) * scales[:, :, None]
+    return tl.reshape(spans, units.shape)
 
 
 @triton.jit

@@ -16,10 +16,12 @@ from formats.kernels.triton_codes import (
     outlier_range,
     outliers_at,
     part,
+    scaled,
+    scales_from,
     scales_of,
     small_float,
     trellis_code_at,
-    weights_of,
+    units_of,
     zeros_of,
 )
 
@@ -60,7 +62,8 @@ def decode_tiles(
     first = tl.program_id(1) * BLOCK_K
     inputs = first + tl.arange(0, BLOCK_K)
     inside = inputs < L.n_inputs
-    values = weights_of(section, tables, offsets, rows, keep, first, L, BLOCK_K)
+    units = units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, False)
+    values = scaled(units, scales_from(section, tables, offsets, rows, keep, first, L, BLOCK_K), L)
     if L.has_input_scales:
         values *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
     at = weight + rows[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]

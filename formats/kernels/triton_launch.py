@@ -39,7 +39,7 @@ def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape)
         if x.dtype not in DTYPES:
             _warn_of(x.dtype)
             return x @ decode(section, encoding, shape, torch.float32).to(x.dtype).T
-        if len(x) > FEW_TOKENS and (is_ternary(encoding) or not has_tiles()):
+        if len(x) > FEW_TOKENS and (is_ternary(encoding) or not has_tiles(x.dtype)):
             return x @ decode(section, encoding, shape, x.dtype).T
         if is_ternary(encoding):
             return ternary_launch.multiply(x, section, encoding, shape)
@@ -52,11 +52,11 @@ def multiply_with(
     """As `multiply`, of at least one token and by a kernel of its own; blocks: others than those that are chosen."""
     layout, offsets = layout_of(encoding, shape)
     n_tokens, n_outputs = len(x), shape[0]
-    is_few, is_sparse = n_tokens <= FEW_TOKENS, layout.has_outliers or layout.n_columns > 0
-    blocks = blocks or choose(layout, n_tokens, n_outputs, x.device)
+    is_sparse = layout.has_outliers or layout.n_columns > 0
+    blocks = blocks or choose(layout, n_tokens, n_outputs, x.device, has_tiles(x.dtype))
     y = x.new_empty((n_tokens, n_outputs))
     sums = y  # where one launch does it all
-    if blocks.splits > 1 or (is_sparse and not is_few):
+    if blocks.splits > 1 or (is_sparse and blocks.is_tile):
         sums = x.new_empty((blocks.splits, n_tokens, n_outputs), dtype=torch.float32)
     arguments = (x, section, _constants(x.device), sums, offsets, n_tokens, n_outputs)
     sizes: dict[str, Any] = {"L": layout, "BLOCK_M": blocks.tokens, "BLOCK_N": blocks.outputs, **FUSED}
@@ -67,7 +67,7 @@ def multiply_with(
         "num_stages": blocks.stages,
     }
     grid = triton.cdiv(n_outputs, blocks.outputs), blocks.splits
-    if is_few:
+    if not blocks.is_tile:
         multiply_rows[grid](*arguments, **sizes, **options)
     else:
         tiles = triton.cdiv(n_tokens, blocks.tokens), *grid
@@ -130,9 +130,14 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def has_tiles() -> bool:
-    """Whether Triton reaches the tensor cores: not on Turing, where decoding for cuBLAS does."""
-    return bool(triton.knobs.runtime.interpret) or triton.runtime.driver.active.get_current_target().arch >= AMPERE
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether Triton reaches tensor cores with such activations: not on Turing, and not without rounding in float32.
+
+    There many tokens are multiplied by cuBLAS, after decoding. The interpreter takes all.
+    """
+    if triton.knobs.runtime.interpret:
+        return True
+    return dtype != torch.float32 and bool(triton.runtime.driver.active.get_current_target().arch >= AMPERE)
 
 
 def _dot_dtype(dtype: torch.dtype) -> tl.dtype:

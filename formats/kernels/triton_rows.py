@@ -49,7 +49,7 @@ def plane_products(
     section, offset, rows, keep, first, values, zeros, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """The share of one plane; `zeros` are taken off by the first of them."""
-    found = small_float(fields(section, offset, rows, keep, first, WIDTH, L, BLOCK_K))
+    found = small_float(fields(section, offset, rows, keep, first, WIDTH, L, BLOCK_K, False))
     spans = tl.reshape(found, (rows.shape[0], BLOCK_K // L.span, L.span))
     return products(spans - zeros[:, :, None], values)
 
@@ -142,7 +142,7 @@ def multiply_rows(
         if L.kind == UNIFORM:
             found = uniform_products(section, offsets, rows, keep, first, values, L, BLOCK_K)
         else:
-            units = units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K)
+            units = units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, False)
             found = products(tl.reshape(units, (BLOCK_N, BLOCK_K // L.span, L.span)), values)
         total += found * scales[None, :, :]
     y = tl.sum(total, axis=2)

@@ -6,7 +6,7 @@ Weights are rounded to the activations' dtype, as a plain matrix of that dtype w
 import triton
 import triton.language as tl
 
-from formats.kernels.triton_codes import input_scales_of, weights_of
+from formats.kernels.triton_codes import input_scales_of, scaled, scales_from, units_of
 from formats.kernels.triton_rows import sparse_products
 
 
@@ -22,16 +22,20 @@ def multiply_tiles(
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = rows < n_outputs
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Triton copies ahead what is at least four bytes wide. Scales may not be, so they are read one step ahead here.
+    scales = scales_from(section, tables, offsets, rows, keep, split * BLOCK_K, L, BLOCK_K)
     for first in range(split * BLOCK_K, L.n_inputs, SPLITS * BLOCK_K):
         inputs = first + tl.arange(0, BLOCK_K)
         inside = inputs < L.n_inputs
+        following = scales_from(section, tables, offsets, rows, keep, first + SPLITS * BLOCK_K, L, BLOCK_K)
         at = tokens[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
         values = tl.load(x + at, mask=(tokens < n_tokens)[:, None] & inside[None, :], other=0.0)
-        weights = weights_of(section, tables, offsets, rows, keep, first, L, BLOCK_K)
+        weights = scaled(units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, True), scales, L)
         if L.has_input_scales:
             weights *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
         weights = tl.trans(weights.to(values.dtype)).to(DOT)
         total = tl.dot(values.to(DOT), weights, total, input_precision="ieee")
+        scales = following
     at = (split * n_tokens + tokens[:, None]).to(tl.int64) * n_outputs + rows[None, :]
     tl.store(sums + at, total.to(sums.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & keep[None, :])
 

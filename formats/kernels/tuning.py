@@ -17,13 +17,12 @@ import torch
 import triton
 
 from formats.encoding import WORD_BITS
-from formats.kernels.blocks import FEW_TOKENS, LEAST_INPUTS, MOST_SPLITS, Blocks, blocks_for
+from formats.kernels.blocks import LEAST_INPUTS, LEAST_OF_TENSOR_CORES, MOST_SPLITS, Blocks, blocks_for
 from formats.kernels.layout import TRELLIS, Layout
 
 LARGEST_CLASS = 4096
 CLASSES = [1 << power for power in range(LARGEST_CLASS.bit_length())]
-LEAST_OF_TENSOR_CORES = 16
-VERSION = 1
+VERSION = 2
 """Of the kernels: raised when they change so that old timings mislead."""
 
 
@@ -32,14 +31,14 @@ def token_class(n_tokens: int) -> int:
     return min(int(triton.next_power_of_2(n_tokens)), LARGEST_CLASS)
 
 
-def candidates(layout: Layout, n_tokens: int, n_outputs: int) -> list[Blocks]:
+def candidates(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = True) -> list[Blocks]:
     """The blocks that are tried: those of `blocks_for` first, then smaller ones and other splits.
 
     None has larger blocks than the first, whose registers and shared memory are known to suffice.
     """
-    first = blocks_for(layout, token_class(n_tokens), n_outputs)
+    first = blocks_for(layout, token_class(n_tokens), n_outputs, has_tiles)
     most = min(triton.cdiv(layout.n_inputs, first.inputs), MOST_SPLITS)
-    least_outputs = WORD_BITS if layout.kind == TRELLIS else 1 if n_tokens <= FEW_TOKENS else LEAST_OF_TENSOR_CORES
+    least_outputs = WORD_BITS if layout.kind == TRELLIS else LEAST_OF_TENSOR_CORES if first.is_tile else 1
     tried = [
         first,
         replace(first, splits=min(2 * first.splits, most)),
@@ -51,21 +50,26 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int) -> list[Blocks]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(layout: Layout, n_tokens: int, n_outputs: int, device: torch.device) -> Blocks:
+def choose(layout: Layout, n_tokens: int, n_outputs: int, device: torch.device, has_tiles: bool = True) -> Blocks:
     """The blocks to launch with: what was found fastest here, or else those of `blocks_for`."""
+    tried = candidates(layout, n_tokens, n_outputs, has_tiles)
     if device.type == "cuda":
         found = known(cache_file(device)).get(class_key(layout, n_tokens, n_outputs))
-        tried = [blocks for blocks in candidates(layout, n_tokens, n_outputs) if blocks == found]
-        if tried:
-            return tried[0]  # not what the file says, which may be equal and of other types
-    return candidates(layout, n_tokens, n_outputs)[0]
+        # Not what the file says, which may be equal and of other types.
+        return next((blocks for blocks in tried if blocks == found), tried[0])
+    return tried[0]
 
 
 def tune(
-    layout: Layout, n_tokens: int, n_outputs: int, device: torch.device, time: Callable[[Blocks], float]
+    layout: Layout,
+    n_tokens: int,
+    n_outputs: int,
+    device: torch.device,
+    time: Callable[[Blocks], float],
+    has_tiles: bool = True,
 ) -> tuple[Blocks, dict[Blocks, float]]:
     """The fastest candidate by `time` (any unit), from now on chosen and in the file; and what each took."""
-    seconds = {blocks: time(blocks) for blocks in candidates(layout, n_tokens, n_outputs)}
+    seconds = {blocks: time(blocks) for blocks in candidates(layout, n_tokens, n_outputs, has_tiles)}
     best = min(seconds, key=seconds.__getitem__)
     known(cache_file(device))[class_key(layout, n_tokens, n_outputs)] = best
     choose.cache_clear()

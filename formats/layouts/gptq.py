@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from formats.errors import FormatError
 from formats.layer import QuantizedLinear, group_index
-from formats.layouts.affine import full_zeros, plain_scales
-from formats.layouts.bitstream import WORD_BITS, pack_stream
+from formats.layouts.affine import Affine, Arrays, full_zeros, group_size_of, plain_scales, take
+from formats.layouts.bitstream import WORD_BITS, pack_stream, unpack_stream
 
-Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 BITS = (2, 3, 4, 8)
 FORMATS = {1: "gptq", 2: "gptq_v2"}
 """Version -> `checkpoint_format`."""
@@ -46,3 +44,28 @@ def pack_gptq(layer: QuantizedLinear, version: int) -> dict[str, npt.NDArray[Any
         "scales": np.ascontiguousarray(plain_scales(layer).T),
         "g_idx": group_index(layer.in_features, layer.group_size).astype(np.int32),
     }
+
+
+def unpack_gptq(arrays: Arrays, shape: tuple[int, int], bits: int, group_size: int, version: int) -> Affine:
+    """What `pack_gptq` packed; `scales` may be of any float, `g_idx` any group of each input.
+
+    shape: [out, in] that the weight must have; group_size: -1 for one group a row
+    """
+    check_shape(shape)
+    (out_features, in_features), group_size = shape, group_size_of(shape[1], group_size)
+    n_groups = -(-in_features // group_size)
+    qweight = take(arrays, "qweight", "i4", (in_features * bits // WORD_BITS, out_features))
+    qzeros = take(arrays, "qzeros", "i4", (n_groups, out_features * bits // WORD_BITS))
+    scales = take(arrays, "scales", "f", (n_groups, out_features))
+    groups = group_index(in_features, group_size)
+    if "g_idx" in arrays:
+        groups = take(arrays, "g_idx", "i4", (in_features,)).astype(np.int64)
+    zeros = unpack_stream(qzeros.view(np.uint32), bits, out_features).T.astype(np.int32)
+    return Affine(
+        codes=unpack_stream(np.ascontiguousarray(qweight.view(np.uint32).T), bits, in_features),
+        scales=np.ascontiguousarray(scales.T, np.float32),
+        zeros=np.ascontiguousarray(zeros + (1 if version == 1 else 0)),
+        groups=groups,
+        bits=bits,
+        group_size=group_size,
+    )

@@ -7,7 +7,9 @@ import torch
 from format_samples import make_layer
 from layer_samples import LAYERS
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import qtool
 from formats.encoding import encoding_of
 from formats.errors import FormatError, KernelError
 from formats.kernels.ops import from_tag, linear, rows, tag_of
@@ -53,6 +55,31 @@ def test_a_linear_compiles_into_one_graph(dynamic):
     for n in (1, 5):
         x = torch.linspace(-1, 1, n * 70).view(n, 70)
         assert torch.equal(compiled(x), module(x))
+
+
+@torch.no_grad()
+def test_a_model_compiles_into_one_graph(tiny_files):
+    model, ids = qtool.load(tiny_files.compressed("llama")), torch.arange(24).view(2, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@all_layers
+@pytest.mark.parametrize("n_tokens", [1, 8, 16])
+def test_no_launch_waits_for_what_a_tensor_holds(layer, n_tokens, monkeypatch):
+    """Fake tensors hold nothing, so that to ask for a value, for which a host would wait, is an error."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="pip install 'qtool[cuda]'")
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda *args, **options: None)
+    kernels, encoding, shape = load_kernels("cuda"), encoding_of(layer), layer.shape
+    kernels.multiply(torch.ones(1, shape[1]), section_of(layer), encoding, shape)  # tables are made once
+    with FakeTensorMode():
+        section = torch.empty(encoding.section_bytes(shape), dtype=torch.uint8)
+        x, ids = torch.empty((n_tokens, shape[1]), dtype=torch.float16), torch.zeros(n_tokens, dtype=torch.int64)
+        assert kernels.multiply(x, section, encoding, shape).shape == (n_tokens, shape[0])
+        assert kernels.decode_rows(section, ids, encoding, shape).shape == (n_tokens, shape[1])
+        assert kernels.decode(section, encoding, shape, torch.float16).shape == shape
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
 
 
 @all_layers

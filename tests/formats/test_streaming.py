@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -66,6 +68,21 @@ def test_two_blocks_are_there_at_a_time_and_each_is_copied_once_a_forward(tiny_f
     assert copied == [(0, 0), (1, 1), (2, 0), (0, 1), (1, 0), (2, 1), (0, 0)]
     held = {m.section.untyped_storage().data_ptr() for m in model.model.layers.modules() if isinstance(m, QuantLinear)}
     assert len(held) == 2
+
+
+@torch.no_grad()
+def test_a_model_that_is_let_go_is_freed_with_its_slots_at_once(tiny_files):
+    """Not when Python next looks for cycles: by then another model may want the GPU."""
+    model = built(tiny_files.compressed("llama"), streaming(0, 1, 2))
+    model(IDS)
+    (hook, *_) = model.model.layers[0]._forward_pre_hooks.values()
+    held = [weakref.ref(each) for each in (model, model.model.layers[0], hook.func.__self__)]
+    gc.disable()
+    try:
+        del model, hook
+        assert [each() for each in held] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -1,0 +1,171 @@
+"""Recipes for other engines (`compress --for`): such that an export is exact, and their fast kernels take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from formats.skeleton import is_transposed_linear
+from qtool.errors import ConfigError
+from qtool.model import BlockwiseModel
+
+ROW = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRules:
+    """What an engine takes. The first of several is what is chosen where the user leaves it open."""
+
+    bits: tuple[int, ...]
+    symmetric: tuple[bool, ...] = (True,)
+    group_sizes: tuple[int, ...] = (128, 64, 32, ROW)
+    embeddings: tuple[int, ...] = (16,)
+    multiple: tuple[int, int] = (1, 1)  # of outputs and of inputs
+    mixes: bool = True  # whether layers may have different bits
+
+
+ENGINES: dict[str, EngineRules] = {
+    # The fast kernel behind the first three, MARLIN, has no zeros.
+    "gptq": EngineRules(bits=(4, 2, 3, 8), multiple=(32, 32)),
+    "vllm": EngineRules(bits=(4, 8), multiple=(64, 32)),
+    "compressed-tensors": EngineRules(bits=(4, 2, 3, 5, 6, 7, 8)),
+    "awq": EngineRules(bits=(4,), symmetric=(False, True), multiple=(8, 1), mixes=False),
+    **{
+        # A block's minimum is an fp16 of its own: minus 2^(bits - 1) scales is one whatever the scale.
+        f"gguf:{kind}": EngineRules(bits=(bits,), group_sizes=(32,), embeddings=(8, 16), multiple=(1, 32), mixes=False)
+        for kind, bits in {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}.items()
+    },
+}
+"""By what `--for` is given."""
+
+NEEDED: dict[str, tuple[Any, ...]] = {
+    "method": ("gptq", "rtn"),
+    "number_format": ("int",),
+    "input_scales": (False,),
+    "stat_bits": (0,),
+    "stat_rows": (),
+    "double_quant": (False,),
+    "outliers": (),
+    "outlier_threshold": (0.0,),
+    "outlier_features": (),
+    "activation_threshold": (),
+    "expert_format": (),
+    "ternary_grid": (),
+}
+"""What every engine asks of an option, if it is given at all; an empty tuple: that it is not."""
+
+
+def rules_of(engine: str) -> EngineRules:
+    if engine not in ENGINES:
+        if engine.startswith("gguf:"):
+            exact = ", ".join(name for name in ENGINES if name.startswith("gguf:"))
+            raise ConfigError(f"--for {engine}: only {exact} can be exact; export --lossy makes others of any file")
+        raise ConfigError(f"--for {engine}: must be one of {', '.join(ENGINES)}")
+    return ENGINES[engine]
+
+
+def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """The options of a command, what is open in them chosen for an engine; ConfigError where two do not agree.
+
+    options: as `build_recipe` takes them; shapes: [out, in] of every linear of the blocks that will be quantized
+    """
+    rules = rules_of(engine)
+    for name, allowed in NEEDED.items():
+        _check(engine, name, options.get(name), allowed)
+    _check(engine, "symmetric", options.get("symmetric"), rules.symmetric)
+    _check(engine, "embeddings", options.get("embeddings"), rules.embeddings)
+    _check(engine, "bits", options.get("bits"), rules.bits)
+    _check_layers(engine, rules, options)
+    _check_shapes(engine, rules, shapes)
+    chosen = {
+        "embeddings": rules.embeddings[0],
+        "group_size": _group_size(engine, rules, options.get("group_size"), shapes),
+        "number_format": "int",
+    }
+    if options.get("symmetric") is None:
+        chosen["symmetric"] = rules.symmetric[0]
+    if options["method"] != "rtn":
+        chosen["input_scales"] = False  # the solver's; rounding to nearest has none
+    if options.get("target_size") is not None or options.get("target_bits") is not None:
+        chosen |= {"fused": True, "widths": tuple(sorted(rules.bits))}  # vLLM runs q, k and v as one matrix
+    elif options.get("bits") is None:
+        chosen["bits"] = rules.bits[0]
+    return {**options, **{name: value for name, value in chosen.items() if options.get(name) in (None, False)}}
+
+
+def shapes_of(model: BlockwiseModel) -> dict[str, tuple[int, int]]:
+    """[out, in] of every linear of the blocks, by the name of its weight."""
+    found = {}
+    for index in range(len(model.blocks)):
+        for name, module in model.linears(index).items():
+            shape = tuple(cast(Tensor, module.weight).shape)
+            n_out, n_in = shape[::-1] if is_transposed_linear(module) else shape
+            found[f"{name}.weight"] = (n_out, n_in)
+    return found
+
+
+def _check(engine: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse a value that was given and is none of those allowed."""
+    if value is None or value in allowed:
+        return
+    if not allowed:
+        raise ConfigError(f"--for {engine}: has nothing like {_given(name, value)}; leave one of the two out")
+    goes = _either(_given(name, own) for own in allowed)
+    raise ConfigError(f"--for {engine}: goes with {goes}, not with {_given(name, value)}; leave one of the two out")
+
+
+def _check_layers(engine: str, rules: EngineRules, options: Mapping[str, Any]) -> None:
+    if not rules.mixes:
+        for name in ("target_size", "target_bits"):
+            if options.get(name) is not None:
+                given = _given(name, options[name])
+                raise ConfigError(f"--for {engine}: has one width, {given} mixes them; leave one of the two out")
+    for text in options.get("layers", ()):
+        bits = text.rpartition("=")[2]
+        if bits.isdigit() and int(bits) not in (rules.bits if rules.mixes else rules.bits[:1]):
+            raise ConfigError(f"--for {engine}: bits must be {_either(rules.bits)}, --layer {text} is something else")
+
+
+def _check_shapes(engine: str, rules: EngineRules, shapes: Mapping[str, tuple[int, int]]) -> None:
+    for name, shape in shapes.items():
+        for size, multiple, what in zip(shape, rules.multiple, ("outputs", "inputs"), strict=True):
+            if size % multiple:
+                raise ConfigError(
+                    f"--for {engine}: {name} has {size} {what}, the engine takes multiples of {multiple}; "
+                    "leave it dense by --ignore"
+                )
+
+
+def _group_size(engine: str, rules: EngineRules, given: int | None, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The largest that cuts every row into whole groups."""
+    inputs = {n_in for _, n_in in shapes.values()}
+    if given is not None and given not in rules.group_sizes:
+        raise ConfigError(
+            f"--for {engine}: the engine has groups of {_either(rules.group_sizes)}, not of --group-size {given}"
+        )
+    for size in rules.group_sizes if given is None else (given,):
+        if size == ROW or not any(n_in % size for n_in in inputs):
+            return size
+    wrong = next(name for name, (_, n_in) in shapes.items() if n_in % (given or rules.group_sizes[-1]))
+    raise ConfigError(
+        f"--for {engine}: {wrong} has {shapes[wrong][1]} inputs, which groups of {given or rules.group_sizes[-1]} "
+        "do not divide; give another --group-size, or leave it dense by --ignore"
+    )
+
+
+def _given(name: str, value: Any) -> str:
+    """An option as it is written."""
+    if name == "symmetric":
+        return "--sym" if value else "--asym"
+    option = {"number_format": "format"}.get(name, name).replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
+
+
+def _either(values: Iterable[Any]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
