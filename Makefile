@@ -38,6 +38,7 @@ check: $(STAMP)  ## formatting, lint, types, import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_script.py
 	$(BIN)/lint-imports
 
 $(REFERENCE): | $(STAMP)

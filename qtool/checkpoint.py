@@ -43,6 +43,7 @@ class Checkpoint(ABC):
     """A source model. `bind` it to a skeleton once, then `load` parameters by name as often as needed."""
 
     name: str
+    hub_id: str | None = None  # of a model of the hub that was asked for by it
     format: str
     config: Any
 
@@ -132,7 +133,9 @@ def open_checkpoint(model: str, *, trust_remote_code: bool = False) -> Checkpoin
         raise CheckpointError(f"{model}: no such file or folder; a model of the hub is named org/name")
     from qtool.hub import download
 
-    return HuggingFaceCheckpoint(download(model), name=model, trust_remote_code=trust_remote_code)
+    checkpoint = HuggingFaceCheckpoint(download(model), name=model, trust_remote_code=trust_remote_code)
+    checkpoint.hub_id = model
+    return checkpoint
 
 
 class HuggingFaceCheckpoint(Checkpoint):

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from qtool import __version__
+from qtool import __version__, api
 from qtool.cli_compress import compress
 from qtool.cli_eval import evaluate
 from qtool.cli_export import export, import_
 from qtool.cli_group import CommandGroup
-from qtool.cli_options import emit, json_option, kv_bits_option, text_field_option
+from qtool.cli_options import defaults_of, emit, json_option, kv_bits_option, text_field_option
 from qtool.cli_plot import plot
 
 
@@ -33,6 +33,7 @@ def main() -> None:
     """
 
 
+@defaults_of(api.inspect)
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
@@ -41,9 +42,7 @@ def main() -> None:
 @click.option("--layer", metavar="TENSOR", help="Whose outliers the page shows.  [default: that with most of them]")
 @click.option("--force", is_flag=True, help="Replace the page if it exists.")
 @json_option
-def inspect(
-    file: Path, tensors: bool, experts: bool, report: Path | None, layer: str | None, force: bool, as_json: bool
-) -> None:
+def inspect(file: Path, tensors: bool, as_json: bool, **options: Any) -> None:
     """Show what is in FILE. Only the header is read, and for the page one layer.
 
     \b
@@ -52,21 +51,18 @@ def inspect(
     qtool inspect model.qtm --json | jq .bits_per_weight
     qtool inspect model.qtm --report model.html
     """
-    from qtool.report import format_inspection, inspect_file
+    from qtool.report import format_inspection
 
-    found = inspect_file(file)
-    if report is not None or layer is not None:
-        from qtool.pictures.picture import write_report
-
-        found["report"] = write_report(file, report, layer, overwrite=force)
-    if experts:
-        from qtool.expert_report import format_experts, list_experts
-
-        found["experts"] = list_experts(found)
+    found = api.inspect(file, **options).to_dict()
     text = "" if as_json else format_inspection(found, tensors=tensors)
-    emit(found, text + format_experts(found["experts"]) if experts else text, as_json)
+    if "experts" in found:
+        from qtool.expert_report import format_experts
+
+        text += format_experts(found["experts"])
+    emit(found, text, as_json)
 
 
+@defaults_of(api.verify)
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
@@ -75,34 +71,28 @@ def inspect(
 @click.option("--calibration", metavar="SOURCE", help="Text that FILE was calibrated on, if it was a local file.")
 @text_field_option
 @json_option
-def verify(file: Path, against: str | None, as_json: bool, **options: Any) -> None:
+def verify(file: Path, as_json: bool, **options: Any) -> None:
     """Check every byte of FILE against its checksums and the format's rules.
 
     \b
     qtool verify model.qtm
     qtool verify model.qtm --against ./my-model --calibration notes.txt
     """
-    from formats.reader import QtmFile, verify_file
-
-    with QtmFile.open(file) as opened:
-        report = verify_file(opened)
-        values = {"file": str(file), "sections": report.n_sections, "bytes": report.n_bytes, "ok": True}
-        text = f"{file}: ok, {report.n_sections} sections, {report.n_bytes:,} bytes"
-        if against is not None:
-            from qtool import commands
-
-            values["layers"] = layers = commands.run_verify_against(opened, against, **options)
-            text += f"; the errors of {len(layers)} layers are as recorded"
-    emit(values, text, as_json)
+    found = api.verify(file, **options)
+    text = f"{file}: ok, {found.sections} sections, {found.bytes:,} bytes"
+    if found.layers is not None:
+        text += f"; the errors of {len(found.layers)} layers are as recorded"
+    emit(found.to_dict(), text, as_json)
 
 
+@defaults_of(api.generate)
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: most likely.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For a temperature above 0.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), show_default=True, help="0: most likely.")
+@click.option("--seed", type=int, show_default=True, help="For a temperature above 0.")
+@click.option("--device", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--device-map", metavar="auto", help="auto: the blocks spread over all GPUs.")
 @click.option(
     "--offload", type=click.Choice(["host", "disk"]),
@@ -118,21 +108,20 @@ def generate(file: Path, prompt: str, as_json: bool, **options: Any) -> None:
     qtool generate model.qtm --prompt "Once upon a time" --temperature 0.7 --device cuda --kv-bits 4
     qtool generate model.qtm --prompt "Once upon a time" --device cuda --offload host
     """
-    from qtool import finished
-
-    text, whole = finished.run_generate(file, prompt, **options)
-    emit({"prompt": prompt, "text": text}, whole, as_json)
+    result = api.generate(file, prompt, **options)
+    emit(result.to_dict(), result.whole, as_json)
 
 
+@defaults_of(api.warm)
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option("--device", show_default=True, help="cuda or cuda:N.")
 @click.option(
-    "--tokens", default="1,16,512", show_default=True, metavar="N,N",
+    "--tokens", show_default=True, metavar="N,N",
     help="Tokens at a time: 1 when one text is generated, more for batches and prompts.",
 )  # fmt: skip
 @json_option
-def warm(file: Path, device: str, tokens: str, as_json: bool) -> None:
+def warm(file: Path, as_json: bool, **options: Any) -> None:
     """Compile FILE's kernels for a GPU and find the fastest blocks, so that no first token waits for it.
 
     \b
@@ -142,10 +131,10 @@ def warm(file: Path, device: str, tokens: str, as_json: bool) -> None:
     What is found is kept in the user's cache folder, for this kind of GPU; without it kernels run with blocks that
     their shape suggests, and are compiled when they are first needed.
     """
-    from qtool import finished
+    from qtool.finished import format_warm
 
-    rows = finished.run_warm(file, device, tokens)
-    emit({"file": str(file), "kernels": rows}, finished.format_warm(rows), as_json)
+    rows = api.warm(file, **options)
+    emit({"file": str(file), "kernels": rows}, format_warm(rows), as_json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import click
 
-from qtool.cli_options import emit, json_option, text_field_option
+from qtool import api
+from qtool.cli_options import defaults_of, emit, json_option, text_field_option
 
 Command: TypeAlias = Callable[..., Any]
 
@@ -36,13 +37,13 @@ _method_options = _options(
         help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary.  [default: 4]",
     ),
     click.option(
-        "--method", default="gptq", show_default=True, metavar="[gptq|spqr|rtn|int8|ternary]",
+        "--method", show_default=True, metavar="[gptq|spqr|rtn|int8|ternary]",
         help="spqr: gptq with groups of 16, rounded statistics and outliers; rtn: round to nearest, no calibration; "
         "int8: LLM.int8, rows in 8 bits and inputs with outliers in 16; ternary: gptq, experts as --expert-format "
         "ternary.",
     ),
     click.option(
-        "--format", "number_format", metavar="[int|nf4|fp4|fitted|trellis|ternary]",
+        "--format", metavar="[int|nf4|fp4|fitted|trellis|ternary]",
         help="What a code stands for. fitted: levels fitted to each layer; trellis: a step on a path of levels, 1 to 6 "
         "bits; ternary: zero or one of two values of the row.  [default: int; trellis for gptq and spqr with --effort "
         "best or a target]",
@@ -57,7 +58,7 @@ _method_options = _options(
         "least, of which fewer weights are zero.  [default: minmax]",
     ),
     click.option(
-        "--effort", default="default", show_default=True, metavar="[fast|default|best]",
+        "--effort", show_default=True, metavar="[fast|default|best]",
         help="fast: no search of ranges, a trellis of 64 states; best: --format trellis with 512 (256 otherwise).",
     ),
     click.option(
@@ -79,10 +80,10 @@ _method_options = _options(
         help="int8: an input that reaches it keeps its weights in 16 bits.  [default: 6]",
     ),
     click.option("--outlier-features", type=int, help="int8: that many of the largest inputs instead."),
-    click.option("--act-order/--no-act-order", default=None, help="Most active inputs first.  [default: act-order]"),
+    click.option("--act-order/--no-act-order", help="Most active inputs first.  [default: act-order]"),
     click.option("--percdamp", "--damp", type=float, help="Damping of the Hessian.  [default: 0.01]"),
-    click.option("--scale-search/--no-scale-search", default=None, help="Search each group's range.  [default: on]"),
-    click.option("--input-scales/--no-input-scales", default=None, help="A factor for each input.  [default: on]"),
+    click.option("--scale-search/--no-scale-search", help="Search each group's range.  [default: on]"),
+    click.option("--input-scales/--no-input-scales", help="A factor for each input.  [default: on]"),
     click.option(
         "--embeddings", type=int,
         help="Bits of embeddings and head; 16: as is.  [default: 8; left to --target-size where that is given]",
@@ -113,20 +114,20 @@ _layer_options = _options(
 )
 _calibration_options = _options(
     click.option(
-        "--calibration", "--dataset", default="builtin", show_default=True, metavar="SOURCE",
+        "--calibration", "--dataset", show_default=True, metavar="SOURCE",
         help="A .txt, .jsonl or .parquet file or a folder of them, a dataset of the hub (wikitext2, c4, ptb, "
         "org/name), builtin, or self; comma-joined mixes.",
     ),
     text_field_option,
-    click.option("--samples", "--nsamples", type=int, default=128, show_default=True, help="Calibration windows."),
-    click.option("--seq-len", "--seqlen", type=int, default=2048, show_default=True, help="Tokens in a window."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Places the windows."),
+    click.option("--samples", "--nsamples", type=int, show_default=True, help="Calibration windows."),
+    click.option("--seq-len", "--seqlen", type=int, show_default=True, help="Tokens in a window."),
+    click.option("--seed", type=int, show_default=True, help="Places the windows."),
     click.option(
         "--independent", is_flag=True,
         help="Calibrate each block on the uncompressed ones before it: a cluster then solves blocks in parallel.",
     ),
     click.option(
-        "--min-expert-tokens", type=int, default=64, show_default=True,
+        "--min-expert-tokens", type=int, show_default=True,
         help="An expert that sees fewer is calibrated on what all experts of its block see.",
     ),
 )  # fmt: skip
@@ -150,6 +151,7 @@ _run_options = _options(
 )  # fmt: skip
 
 
+@defaults_of(api.compress)
 @click.command()
 @click.argument("model")
 @click.option(
@@ -160,21 +162,7 @@ _run_options = _options(
 @_calibration_options
 @_run_options
 @json_option
-def compress(
-    model: str,
-    output: Path | None,
-    dry_run: bool,
-    force: bool,
-    max_memory: str | None,
-    work_dir: Path | None,
-    restart: bool,
-    cluster: str | None,
-    log_file: Path | None,
-    trust_remote_code: bool,
-    as_json: bool,
-    engine: str | None,
-    **recipe_options: Any,
-) -> None:
+def compress(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Compress MODEL: a Hugging Face folder, a hub id or a GGUF file.
 
     \b
@@ -189,27 +177,12 @@ def compress(
 
     A run that was killed goes on where it was when the same command is given again.
     """
-    from qtool import commands
-    from qtool.memory import parse_size
-    from qtool.options import build_recipe, default_output
-    from qtool.recipe import RunOptions
+    from qtool.commands import format_estimate, format_result
 
-    if engine is not None:
-        recipe_options = commands.options_for_engine(model, engine, recipe_options, trust_remote_code=trust_remote_code)
-    recipe = build_recipe(**recipe_options)
-    output = output or default_output(model, recipe)
-    options = RunOptions(
-        overwrite=force,
-        work_dir=work_dir,
-        restart=restart,
-        max_memory_bytes=None if max_memory is None else parse_size(max_memory, "--max-memory"),
-        log_file=log_file,
-        cluster=cluster,
-    )
     warn = partial(click.echo, err=True)
     if dry_run:
-        estimate = commands.dry_run(model, output, recipe, options, trust_remote_code=trust_remote_code, warn=warn)
-        emit(estimate, commands.format_estimate(estimate), as_json)
+        estimate = api.dry_run(model, warn=warn, **options).to_dict()
+        emit(estimate, format_estimate(estimate), as_json)
         return
-    result = commands.run_compress(model, output, recipe, options, trust_remote_code=trust_remote_code, warn=warn)
-    emit(result, commands.format_result(result), as_json)
+    result = api.compress(model, warn=warn, **options).to_dict()
+    emit(result, format_result(result), as_json)

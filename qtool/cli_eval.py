@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from qtool.cli_options import emit, json_option, kv_bits_option, text_field_option
+from qtool import api
+from qtool.cli_options import defaults_of, emit, json_option, kv_bits_option, text_field_option
 
 _SAMPLE_OPTIONS = (
-    click.option("--data", default="builtin:test", show_default=True, metavar="SOURCE", help="Text, as --calibration."),
+    click.option("--data", show_default=True, metavar="SOURCE", help="Text, as --calibration."),
     text_field_option,
     click.option(
-        "--protocol", "name", type=click.Choice(["gptq", "llama.cpp"]), default="gptq", show_default=True,
+        "--protocol", type=click.Choice(["gptq", "llama.cpp"]), show_default=True,
         help="gptq scores every token of a window but its first; llama.cpp those with half a window before them, and "
         "starts every window with BOS where the tokenizer adds one.",
     ),
@@ -42,13 +43,14 @@ def evaluate() -> None:
     """Measure a model or a file."""
 
 
+@defaults_of(api.evaluate)
 @evaluate.command()
 @click.argument("model")
 @sample_options
 @click.option("--baseline", metavar="MODEL", help="Model or file to compare with: KL divergence and agreement.")
 @kv_bits_option
 @json_option
-def perplexity(model: str, baseline: str | None, as_json: bool, **options: Any) -> None:
+def perplexity(model: str, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL (a folder, hub id, GGUF or .qtm file), by the protocol of the GPTQ paper or of llama.cpp.
 
     \b
@@ -62,12 +64,13 @@ def perplexity(model: str, baseline: str | None, as_json: bool, **options: Any) 
     one standard error. With gptq it is taken over windows, since tokens in a row are hard together (with fewer than 10
     windows, and with llama.cpp as its own program does it, over tokens as if they were independent: too small).
     """
-    from qtool import commands
+    from qtool.commands import format_perplexity
 
-    result = commands.run_perplexity(model, baseline=baseline, **options)
-    emit(result, commands.format_perplexity(result), as_json)
+    result = api.evaluate(model, **options).to_dict()
+    emit(result, format_perplexity(result), as_json)
 
 
+@defaults_of(api.evaluate_kl)
 @evaluate.command()
 @click.argument("model")
 @sample_options
@@ -96,24 +99,25 @@ def kl(model: str, as_json: bool, **options: Any) -> None:
     KL runs from the baseline to MODEL, in nats. A saved baseline goes with its text, protocol and windows: any other
     is refused.
     """
-    from qtool import commands
+    from qtool.commands import format_kl
 
-    result = commands.run_kl(model, **options)
-    emit(result, commands.format_kl(result), as_json)
+    result = api.evaluate_kl(model, **options).to_dict()
+    emit(result, format_kl(result), as_json)
 
 
+@defaults_of(api.evaluate_tasks)
 @evaluate.command()
 @click.argument("model")
 @click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-eval, as arc_easy,hellaswag.")
 @click.option("--limit", type=int, metavar="N", help="Questions of each task.  [default: all]")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question.  [default: the task's own]")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Questions asked together.")
+@click.option("--batch-size", type=int, show_default=True, help="Questions asked together.")
 @click.option("--baseline", metavar="MODEL", help="Model or file whose scores stand beside.")
 @click.option(
     "--include-path", type=click.Path(path_type=Path), metavar="DIR",
     help="Folder of task files (.yaml) of your own, which may name local data.",
 )  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device", show_default=True, help="cpu, cuda or cuda:N.")
 @json_option
 def tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
     """Scores of MODEL (a .qtm file, a folder or a hub id) in tasks of lm-eval; needs the extra `tasks`.
@@ -123,7 +127,8 @@ def tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
     qtool eval tasks model.qtm --tasks arc_easy --baseline ./my-model --json
     qtool eval tasks model.qtm --tasks my_task --include-path ./my-tasks
     """
-    from qtool.tasks import evaluate_tasks, format_tasks
+    from qtool.tasks import format_tasks
 
-    result = evaluate_tasks(model, [name for name in tasks.split(",") if name.strip()], **options)
+    names = [name for name in tasks.split(",") if name.strip()]
+    result = api.evaluate_tasks(model, tasks=names, **options).to_dict()
     emit(result, format_tasks(result), as_json)

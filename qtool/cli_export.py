@@ -7,13 +7,15 @@ from typing import Any
 
 import click
 
-from qtool.cli_options import emit, json_option
+from qtool import api
+from qtool.cli_options import defaults_of, emit, json_option
 
 
+@defaults_of(api.export)
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(["dense", "transformers", "gptq", "compressed-tensors", "awq"]), required=True,
+    "--to", type=click.Choice(api.EXPORTS), required=True,
     help="dense: a Hugging Face folder of decoded weights; transformers: one as small as FILE, for programs that "
     "import qtool; gptq, compressed-tensors, awq: one that other engines load.",
 )  # fmt: skip
@@ -29,7 +31,7 @@ from qtool.cli_options import emit, json_option
 @click.option("--lossy", is_flag=True, help="Round again what the format cannot hold; each tensor's error is told.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
-def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **options: Any) -> None:
+def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> None:
     """Write the model in FILE in a format that other tools load.
 
     \b
@@ -40,10 +42,10 @@ def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **opti
     Values are those of FILE, bit for bit, or nothing is written: where a format has no place for something, the
     message says what, and what error --lossy would add. Codes of a width that a format lacks are written in the next.
     """
-    from qtool import finished
+    from qtool.finished import format_export
 
-    report = finished.run_export(file, to, output, overwrite=force, **options)
-    emit({"folder": str(output), "to": to} | report.to_dict(), finished.format_export(output, report), as_json)
+    report = api.export(file, output, to=to, **options)
+    emit({"folder": str(output), "to": to} | report.to_dict(), format_export(output, report), as_json)
 
 
 @click.command("import")
@@ -55,7 +57,7 @@ def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **opti
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
-def import_(source: str, output: Path, assume_v1_zeros: bool, force: bool, as_json: bool) -> None:
+def import_(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Take over a model that is quantized already, as it is: DIR holds GPTQ, AWQ or compressed-tensors.
 
     \b
@@ -65,7 +67,7 @@ def import_(source: str, output: Path, assume_v1_zeros: bool, force: bool, as_js
     Codes, scales and zeros are those of DIR. A tensor whose scales or zeros a .qtm file cannot hold is decoded and
     stored whole, and listed.
     """
-    from qtool import finished
+    from qtool.finished import format_import
 
-    result = finished.run_import(source, output, assume_v1_zeros=assume_v1_zeros, overwrite=force)
-    emit(result, finished.format_import(result), as_json)
+    result = api.import_(source, output, **options).to_dict()
+    emit(result, format_import(result), as_json)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from qtool.cli_options import emit, json_option
+from qtool import api
+from qtool.cli_options import defaults_of, emit, json_option
 
 
+@defaults_of(api.plot)
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("plot.html"), show_default=True,
+    "-o", "--output", type=click.Path(path_type=Path), show_default=True,
     help="Page (.html) or picture (.svg) to write.",
 )  # fmt: skip
 @click.option(
     "--quality", type=click.Choice(["perplexity", "kl", "error"]),
     help="What to draw.  [default: what was measured, or else the error that the files record]",
 )  # fmt: skip
-@click.option("--size", type=click.Choice(["bits", "bytes"]), default="bits", show_default=True, help="Against what.")
+@click.option("--size", type=click.Choice(["bits", "bytes"]), show_default=True, help="Against what.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
-def plot(files: tuple[Path, ...], output: Path, quality: str | None, size: str, force: bool, as_json: bool) -> None:
+def plot(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Draw quality against size: FILES are .qtm files and .json results of qtool eval.
 
     \b
@@ -31,7 +34,6 @@ def plot(files: tuple[Path, ...], output: Path, quality: str | None, size: str, 
     qtool plot a.json b.json -o frontier.svg
     """
     from qtool.pictures.plot import format_plot
-    from qtool.pictures.plot import plot as draw
 
-    result = draw(files, output, quality=quality, size=size, overwrite=force)
+    result = api.plot(files, **options)
     emit(result, format_plot(result), as_json)

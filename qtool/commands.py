@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +16,82 @@ from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.engines import options_for, rules_of, shapes_of
 from qtool.errors import ConfigError
 from qtool.estimate import estimate_run
-from qtool.evaluate import evaluate_divergence, evaluate_perplexity
+from qtool.evaluation import DivergenceResult, PerplexityResult, evaluate_divergence, evaluate_perplexity
 from qtool.job import meet_target, prepare
 from qtool.journal import Journal, default_folder, is_unfinished
-from qtool.memory import peak_rss_bytes, reset_peak
-from qtool.model import BlockwiseModel
+from qtool.memory import parse_size, peak_rss_bytes, reset_peak
 from qtool.numerics import exact_float32, quiet_transformers
+from qtool.options import build_recipe, default_output
 from qtool.pipeline import compress
 from qtool.protocol import Protocol
 from qtool.publish import check_target
 from qtool.recipe import Recipe, RunOptions
 from qtool.report import NUMBER, TROUBLE, fold_names, inspect_file
+from qtool.results import Compressed, Estimated
+from qtool.seq2seq import blockwise_model
 from qtool.sizes import format_bytes
-from qtool.verify import verify_against
+from qtool.verification import verify_against
 
 
-def run_compress(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    options: RunOptions,
-    *,
-    trust_remote_code: bool = False,
-    warn: Callable[[str], None],
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A run that is asked for."""
+
+    model: str
+    output: Path
+    recipe: Recipe
+    options: RunOptions
+    trust_remote_code: bool
+    warn: Callable[[str], None]
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Request:
+        """From the options of `qtool.compress`, model and output among them; ConfigError names what makes no sense."""
+        rest = dict(options)
+        model, output, memory = os.fspath(rest.pop("model")), rest.pop("output"), rest.pop("max_memory")
+        trust_remote_code, warn = rest.pop("trust_remote_code"), rest.pop("warn")
+        work_dir, log_file = rest.pop("work_dir"), rest.pop("log_file")
+        run = RunOptions(
+            overwrite=rest.pop("force"),
+            work_dir=None if work_dir is None else Path(work_dir),
+            restart=rest.pop("restart"),
+            max_memory_bytes=None if memory is None else parse_size(memory, "--max-memory"),
+            log_file=None if log_file is None else Path(log_file),
+            cluster=rest.pop("cluster"),
+        )
+        engine, rest["number_format"] = rest.pop("engine"), rest.pop("format")
+        if engine is not None:
+            rest = options_for_engine(model, engine, rest, trust_remote_code=trust_remote_code)
+        recipe = build_recipe(**rest)
+        output = default_output(model, recipe) if output is None else Path(output)
+        return cls(
+            model=model, output=output, recipe=recipe, options=run, trust_remote_code=trust_remote_code, warn=warn
+        )
+
+
+def run_compress(request: Request) -> Compressed:
     """Compress and describe the file that came of it."""
+    model, output, options = request.model, request.output, request.options
     # A work folder beside an output that exists: the run may have been killed when nothing but the folder was left.
     unfinished = is_unfinished(options.work_dir or default_folder(output))
     check_target(output, "--output", overwrite=options.overwrite or unfinished)
     try:
         with quiet_transformers():
-            checkpoint = _open_original(model, trust_remote_code)
+            checkpoint = _open_original(model, request.trust_remote_code)
             if output.exists() and Path(model).exists() and output.samefile(model):
                 raise ConfigError(f"{output}: is the model itself; give another --output")
-            report = compress(checkpoint, output, recipe, options, warn=warn)
+            report = compress(checkpoint, output, request.recipe, options, warn=request.warn)
     except OSError as error:
         error.filename = error.filename or str(output)  # a write that fails does not say where
         raise
     found = inspect_file(output)
-    return {
-        "file": str(output),
+    return Compressed(
+        file=output,
         **{key: found[key] for key in ("file_bytes", "parameters", "bits_per_weight", "quantized_share", "quality")},
-        "left_dense": [row["name"] for row in found["tensors"] if row["encoding"] == "dense"],
-        "seconds": report.seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+        left_dense=[row["name"] for row in found["tensors"] if row["encoding"] == "dense"],
+        seconds=report.seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
 
 
 def options_for_engine(
@@ -66,7 +100,7 @@ def options_for_engine(
     """A recipe's options, those left open chosen for an engine, which depends on the model's shapes."""
     rules_of(engine)
     with quiet_transformers():
-        shapes = shapes_of(BlockwiseModel(_open_original(model, trust_remote_code)))
+        shapes = shapes_of(blockwise_model(_open_original(model, trust_remote_code)))
     with suppress(re.error):  # which the recipe refuses, by name
         shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
     return options_for(engine, options, shapes)
@@ -93,24 +127,18 @@ def format_result(result: dict[str, Any]) -> str:
     )
 
 
-def dry_run(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    options: RunOptions,
-    *,
-    trust_remote_code: bool = False,
-    warn: Callable[[str], None],
-) -> dict[str, Any]:
+def dry_run(request: Request) -> Estimated:
     """What a run would give. For a target, what was measured stays in the work folder, and the run starts from it."""
+    options, warn = request.options, request.warn
     with quiet_transformers(), exact_float32():
-        checkpoint = _open_original(model, trust_remote_code)
+        checkpoint = _open_original(request.model, request.trust_remote_code)
         reset_peak()
-        job = prepare(checkpoint, recipe, options, warn)
-        if recipe.target is None:
-            return estimate_run(job)
-        with Journal(output, options.work_dir) as journal:
-            return estimate_run(meet_target(job, options, journal, warn))
+        job = prepare(checkpoint, request.recipe, options, warn)
+        if request.recipe.target is not None:
+            with Journal(request.output, options.work_dir) as journal:
+                job = meet_target(job, options, journal, warn)
+                return Estimated(**estimate_run(job))
+        return Estimated(**estimate_run(job))
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:
@@ -166,16 +194,14 @@ def _labels(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def run_perplexity(
-    model: str, *, baseline: str | None, data: str, text_field: str, kv_bits: int | None, **protocol: Any
-) -> dict[str, Any]:
-    asked = Protocol(**protocol)
+    model: str, *, baseline: str | None, data: str, text_field: str, kv_bits: int | None, protocol: Protocol
+) -> PerplexityResult:
     with quiet_transformers():
         checkpoint = open_checkpoint(model)
         base = None if baseline is None else open_checkpoint(baseline)
-        result = evaluate_perplexity(
-            checkpoint, baseline=base, data=data, text_field=text_field, protocol=asked, kv_bits=kv_bits
+        return evaluate_perplexity(
+            checkpoint, baseline=base, data=data, text_field=text_field, protocol=protocol, kv_bits=kv_bits
         )
-    return {"model": model} | result.to_dict()
 
 
 def format_perplexity(result: dict[str, Any]) -> str:
@@ -200,17 +226,15 @@ def run_kl(
     baseline_logits: Path | None,
     data: str,
     text_field: str,
-    **protocol: Any,
-) -> dict[str, Any]:
+    protocol: Protocol,
+) -> DivergenceResult:
     chosen = _one_baseline(baseline, baseline_logits, save_baseline)
-    asked = Protocol(**protocol)
     with quiet_transformers():
         checkpoint = open_checkpoint(model)
         base = chosen if isinstance(chosen, Path) else open_checkpoint(chosen)
-        result = evaluate_divergence(
-            checkpoint, base, data=data, text_field=text_field, protocol=asked, save_baseline=save_baseline
+        return evaluate_divergence(
+            checkpoint, base, data=data, text_field=text_field, protocol=protocol, save_baseline=save_baseline
         )
-    return {"model": model} | result.to_dict()
 
 
 def _one_baseline(model: str | None, saved: Path | None, save_to: Path | None) -> str | Path:

@@ -113,6 +113,7 @@ def header_members(
         "recipe": values,
         "provenance": {
             **versions(),
+            **({} if model.checkpoint.hub_id is None else {"base_model": model.checkpoint.hub_id}),
             "source_format": model.checkpoint.format,
             "source_files": sources,
             "calibration_sha256": windows.sha256 if windows else None,

@@ -22,7 +22,8 @@ NOT_IN_A_RECIPE = (*RUN_OPTIONS, "trust_remote_code", "as_json")
 def prepared(command: list[object], folder: Path) -> tuple[Job, int]:
     """The job of `compress ...`, and the bound for what its file holds besides tensors; `folder` is for its journal."""
     options = compress.make_context("compress", [str(argument) for argument in command[1:]]).params
-    recipe = build_recipe(**{name: value for name, value in options.items() if name not in NOT_IN_A_RECIPE})
+    chosen = {name: value for name, value in options.items() if name not in NOT_IN_A_RECIPE}
+    recipe = build_recipe(number_format=chosen.pop("format"), **chosen)
     with exact_float32(), Journal(folder / "prepared.qtm", options["work_dir"]) as journal:
         job = prepare(open_checkpoint(str(options["model"])), recipe, RunOptions(), print)
         if recipe.target is not None:

@@ -18,7 +18,7 @@ from tiny import FAMILIES, load_reference, make_model
 
 import qtool as api
 import qtool.logits_file
-from qtool import evaluate
+from qtool import evaluation
 from qtool.figures import mean, perplexity
 from qtool.logits_layout import MAX_CODE, RANGE, decode, encode
 from qtool.sizes import format_bytes
@@ -128,8 +128,8 @@ def test_a_saved_baseline_changes_next_to_nothing(models, sample, direct):
 
 def test_any_cut_of_the_work_reads_the_same_rows(models, sample, direct, monkeypatch):
     want = qtool_json("eval", "kl", models[0], "--baseline-logits", direct[1], *sample)
-    monkeypatch.setattr(evaluate, "LOGITS_AT_A_TIME", 7 * 260)
-    monkeypatch.setattr(evaluate, "STATES_BYTES", 1)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_A_TIME", 7 * 260)
+    monkeypatch.setattr(evaluation, "STATES_BYTES", 1)
     got = qtool_json("eval", "kl", models[0], "--baseline-logits", direct[1], *sample)
     for name in want.keys() - {"seconds"}:
         assert got[name] == (want[name] if isinstance(want[name], str) else pytest.approx(want[name], rel=1e-4))
@@ -419,7 +419,7 @@ def test_interrupted_run_leaves_nothing(models, sample, tmp_path, monkeypatch):
         calls.append(os.listdir(tmp_path))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "token_scores", interrupt)
+    monkeypatch.setattr(evaluation, "token_scores", interrupt)
     assert save(models, sample, tmp_path / "b") == "interrupted; nothing was left behind"
     assert len(calls[0]) == 1  # it was there
     assert os.listdir(tmp_path) == []

@@ -10,7 +10,7 @@ from tiny import load_reference
 
 import qtool as api
 from formats.kv_cache import PackedCache
-from qtool import evaluate, states
+from qtool import evaluation, states
 from qtool.checkpoint import open_checkpoint
 from qtool.numerics import exact_float32
 from qtool.protocol import Protocol
@@ -127,8 +127,8 @@ def test_a_file_equals_its_exported_folder(tiny_files, tmp_path):
 
 def evaluate_with(tiny_files, monkeypatch, **constants):
     for name, value in constants.items():
-        monkeypatch.setattr(states if name == "TOKENS_PER_BATCH" else evaluate, name, value)
-    result = evaluate.evaluate_perplexity(
+        monkeypatch.setattr(states if name == "TOKENS_PER_BATCH" else evaluation, name, value)
+    result = evaluation.evaluate_perplexity(
         open_checkpoint(str(tiny_files.compressed("gemma2"))),
         baseline=open_checkpoint(str(tiny_files.model("gemma2"))),
         data=str(tiny_files.text),
@@ -161,15 +161,15 @@ def test_how_the_work_is_cut_does_not_matter(tiny_files, monkeypatch, constants)
 def test_no_more_states_are_held_than_the_bound_allows(tiny_files, monkeypatch):
     """Rounds of two windows of two models: the most that any block is run on between two loads of its weights."""
     monkeypatch.setattr(states, "TOKENS_PER_BATCH", SEQ_LEN)
-    monkeypatch.setattr(evaluate, "STATES_BYTES", 2 * 4 * SEQ_LEN * 2 * 32 + 100)
-    held, run_blocks = [], evaluate._run_blocks
+    monkeypatch.setattr(evaluation, "STATES_BYTES", 2 * 4 * SEQ_LEN * 2 * 32 + 100)
+    held, run_blocks = [], evaluation._run_blocks
 
     def recorded(model, batches, bar):
         hidden = run_blocks(model, batches, bar)
         held.append(sum(h.nbytes for h in hidden))
         return hidden
 
-    monkeypatch.setattr(evaluate, "_run_blocks", recorded)
+    monkeypatch.setattr(evaluation, "_run_blocks", recorded)
     evaluate_with(tiny_files, monkeypatch)
     assert len(held) == 2 * 4  # 7 windows
-    assert all(a + b <= evaluate.STATES_BYTES for a, b in zip(held[::2], held[1::2], strict=True))
+    assert all(a + b <= evaluation.STATES_BYTES for a, b in zip(held[::2], held[1::2], strict=True))

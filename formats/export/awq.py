@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from formats.errors import FormatError
+from formats.export.card import Loading
 from formats.export.engine import Engine, export_engine
 from formats.export.regrid import Carrier, Form
 from formats.export.report import ExportReport
@@ -26,6 +27,7 @@ def export_awq(
 
 class _Awq(Engine):
     carrier = Carrier("awq", BITS)
+    loading = Loading(format="awq", packages=("gptqmodel",), has_vllm=True)
 
     def check(self, shape: tuple[int, int], form: Form) -> None:
         check_shape(shape, form.group_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from formats.export.card import Loading
 from formats.export.engine import Engine, export_engine
 from formats.export.regrid import Carrier, Form
 from formats.export.report import ExportReport
@@ -28,6 +29,7 @@ def export_compressed_tensors(
 class _CompressedTensors(Engine):
     # It has zeros, but its own loader does not make room for those of packed weights (0.20).
     carrier = Carrier("compressed-tensors", BITS, asymmetric=False)
+    loading = Loading(format="compressed-tensors", packages=("compressed-tensors",), has_vllm=True)
 
     def check(self, shape: tuple[int, int], form: Form) -> None:
         check_shape(shape, form.group_size)

@@ -10,6 +10,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
 from formats.experts import fuse_experts
+from formats.export.card import Loading
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.export.report import ExportReport
 from formats.reader import QtmFile
@@ -18,11 +19,13 @@ from formats.tensors import decode_tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+LOADING = Loading(format="dense")
+
 
 def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> ExportReport:
     """Write the folder. float32 holds the decoded values exactly; who names another dtype wants them rounded."""
     config = config_dict(file) | {"dtype": dtype}
-    files = write_folder(file, folder, _decoded(file, DTYPES[dtype]), config, overwrite=overwrite)
+    files = write_folder(file, folder, _decoded(file, DTYPES[dtype]), config, overwrite=overwrite, loading=LOADING)
     return ExportReport(files=files, losses=[])
 
 

@@ -19,6 +19,7 @@ from formats.block_lists import BlockLists
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
 from formats.errors import FormatError, error_context
+from formats.export.card import Loading
 from formats.export.dense import DTYPES
 from formats.export.folder import Tensors, check_target, names_by_block, write_folder
 from formats.export.published import publish, published_rows
@@ -55,6 +56,7 @@ class Engine(ABC):
     """How a format stores linears, and says so."""
 
     carrier: Carrier
+    loading: Loading
 
     @abstractmethod
     def check(self, shape: tuple[int, int], form: Form) -> None:
@@ -87,7 +89,9 @@ def export_engine(
     losses: list[Loss] = []
     config = config_dict(file) | {"dtype": export.dtype, "quantization_config": export.quantization}
     texts = engine.files(export.quantization)
-    files = write_folder(file, folder, export.blocks(losses), config, overwrite=overwrite, texts=texts)
+    files = write_folder(
+        file, folder, export.blocks(losses), config, overwrite=overwrite, loading=engine.loading, texts=texts
+    )
     return ExportReport(files=files, losses=losses)
 
 

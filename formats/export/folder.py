@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from formats.block_lists import BlockLists
 from formats.errors import FormatError
+from formats.export.card import CARD, Loading, model_card
+from formats.export.report import Loss
 from formats.reader import QtmFile
 from formats.skeleton import without_references
 
@@ -30,18 +32,21 @@ def write_folder(
     config: Mapping[str, Any],
     *,
     overwrite: bool,
+    loading: Loading,
+    losses: Sequence[Loss] = (),
     texts: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Write tensors, config and the file's own tokenizer; returns the names of the folder's files.
+    """Write tensors, config, the file's own tokenizer and a model card; returns the names of the folder's files.
 
     blocks: what a shard holds together, by the names that go into the folder. Raises FormatError when the folder
     exists, and with `overwrite` when it does not look like a model's: nothing but an earlier export is ever replaced.
+    loading: what the card says of it; losses: the same, read when all blocks are written.
     texts: other files of the format, by name.
     """
     folder, texts = folder.resolve(), texts or {}
     for name in file.files:
         is_taken = name in texts or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)
-        if name == "config.json" or is_taken:
+        if name in ("config.json", CARD) or is_taken:
             raise FormatError(f"{file.label}: file {name!r}: has the name of what is exported")
     check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,9 @@ def write_folder(
             raise FormatError(f"{folder}: cannot be written ({error}); nothing was left behind, make room") from error
         config_json = json.dumps(without_references(dict(config)), indent=2, sort_keys=True)
         (part / "config.json").write_text(config_json + "\n", encoding="utf-8")
-        for name, text in texts.items():
+        weights_bytes = sum(path.stat().st_size for path in part.glob("*.safetensors"))
+        card = model_card(file, title=folder.name, loading=loading, weights_bytes=weights_bytes, losses=losses)
+        for name, text in ({CARD: card} | dict(texts)).items():
             (part / name).write_text(text, encoding="utf-8")
         for name in file.files:
             (part / name).write_bytes(file.read_file(name))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from formats.export.card import Loading
 from formats.export.engine import Engine, export_engine
 from formats.export.regrid import Carrier, Form
 from formats.export.report import ExportReport
@@ -36,6 +37,8 @@ def export_gptq(
 
 
 class _Gptq(Engine):
+    loading = Loading(format="gptq", packages=("gptqmodel",), has_vllm=True)
+
     def __init__(self, version: int) -> None:
         self.version = version
         self.carrier = Carrier("gptq version 1", BITS, least_zero=1) if version == 1 else Carrier("gptq", BITS)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from formats.embedded import config_dict, model_config
 from formats.encoding import Dense, MatrixEncoding
 from formats.errors import FormatError, error_context
+from formats.export.card import Loading
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.export.report import ExportReport
 from formats.header import TensorEntry
@@ -20,6 +21,8 @@ from formats.plugin import METHOD
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, parameter_names
 from formats.tensors import DTYPES, decode_tensor, section_tensor
+
+LOADING = Loading(format="transformers", packages=("qtool",), imports="qtool")
 
 
 def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> ExportReport:
@@ -37,7 +40,7 @@ def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> Ex
         name: entry.encoding.fields() | {"shape": list(entry.shape)} for name, entry in packed.items()
     }
     config = config_dict(file) | {"quantization_config": {"quant_method": METHOD, "weights": weights}}
-    files = write_folder(file, folder, _blocks(file, model, packed), config, overwrite=overwrite)
+    files = write_folder(file, folder, _blocks(file, model, packed), config, overwrite=overwrite, loading=LOADING)
     return ExportReport(files=files, losses=[])
 
 

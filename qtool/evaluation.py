@@ -38,13 +38,14 @@ STATES_BYTES = 1 << 30  # all models' hidden states between two blocks
 class Result:
     """Figures of one evaluation, and what they are of."""
 
+    model: str
     sample: Sample
     error_over: str  # windows (stretches of text as long as one) or tokens: what the error bars take for independent
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Flat; an estimate's error under its name and `_error`; what is not known is left out."""
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"model": self.model}
         common = [field.name for field in fields(Result)]
         for name in sorted((field.name for field in fields(self)), key=common.__contains__):  # the figures come first
             value = getattr(self, name)
@@ -115,7 +116,7 @@ def evaluate_perplexity(
         perplexity=perplexity(scores["nll"], stretches),
         kv_bits=kv_bits,
         **figures,
-        **_common(windows.sample, stretches, started),
+        **_common(checkpoint, windows.sample, stretches, started),
     )
 
 
@@ -143,7 +144,7 @@ def evaluate_divergence(
         scores = collected(_compared(models, windows, saved, writer), windows.sample.tokens)
         if writer:
             writer.finish()
-    return _divergence(scores, windows, started)
+    return _divergence(scores, checkpoint, windows, started)
 
 
 def _compared(
@@ -157,7 +158,9 @@ def _compared(
         yield token_scores(predictions[0], base)
 
 
-def _divergence(scores: dict[str, Values], windows: Windows, started: float) -> DivergenceResult:
+def _divergence(
+    scores: dict[str, Values], checkpoint: Checkpoint, windows: Windows, started: float
+) -> DivergenceResult:
     stretches = windows.stretches()
     nll, base_nll, kl = scores["nll"], scores["baseline_nll"], scores["kl"]
     p50, p95, p99 = (float(value) for value in np.percentile(kl, [50, 95, 99]))
@@ -171,13 +174,13 @@ def _divergence(scores: dict[str, Values], windows: Windows, started: float) -> 
         kl_p99=p99,
         kl_max=float(kl.max()),
         same_top=mean(scores["same_top"], stretches),
-        **_common(windows.sample, stretches, started),
+        **_common(checkpoint, windows.sample, stretches, started),
     )
 
 
-def _common(sample: Sample, stretches: Stretches | None, started: float) -> dict[str, Any]:
+def _common(checkpoint: Checkpoint, sample: Sample, stretches: Stretches | None, started: float) -> dict[str, Any]:
     over = "tokens" if stretches is None else "windows"
-    return {"sample": sample, "error_over": over, "seconds": time.perf_counter() - started}
+    return {"model": checkpoint.name, "sample": sample, "error_over": over, "seconds": time.perf_counter() - started}
 
 
 def _windows(models: list[BlockwiseModel], data: str, text_field: str, protocol: Protocol) -> Windows:
