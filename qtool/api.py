@@ -34,8 +34,8 @@ def _request(
     model: Source,
     output: Source | None = None,
     *,
-    engine: str | None = None,
     bits: float | None = None,
+    engine: str | None = None,
     method: str = "gptq",
     format: str | None = None,
     expert_format: str | None = None,
@@ -76,9 +76,9 @@ def _request(
     trust_remote_code: bool = False,
     warn: Warn | None = None,
 ) -> Request:
-    """What is asked for; the options of `qtool compress` by their names, all but `engine` (`--for`), `symmetric`
-    (`--sym`) and `layers` (`--layer`, any number). warn: gets each line that a user should read; Python's warnings
-    otherwise.
+    """What is asked for: the options of `qtool compress` by their names, but for `symmetric` (`--sym`), `engine`
+    (`--for`) and `layers` (`--layer`, any number). warn: gets each line that a user should read; without it they are
+    Python's warnings.
     """
     options = dict(locals())  # the names above, each said once
     from qtool.commands import Request
@@ -308,11 +308,13 @@ def export(
 
 
 def import_(source: Source, output: Source, *, assume_v1_zeros: bool = False, force: bool = False) -> Imported:
-    """Write a model that is quantized already, as GPTQ, AWQ or compressed-tensors, as a file with its numbers."""
+    """Write a model that somebody else quantized (a folder of GPTQ, AWQ or compressed-tensors, a GGUF file) as it is.
+
+    assume_v1_zeros: GPTQ of version 1 by a program that is not known stores its zeros less one.
+    """
     from qtool import finished
 
-    found = finished.run_import(fspath(source), Path(output), assume_v1_zeros=assume_v1_zeros, overwrite=force)
-    return Imported(**{**found, "file": Path(output)})
+    return finished.run_import(fspath(source), Path(output), assume_v1_zeros=assume_v1_zeros, overwrite=force)
 
 
 def plot(

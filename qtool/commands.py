@@ -20,7 +20,6 @@ from qtool.evaluation import DivergenceResult, PerplexityResult, evaluate_diverg
 from qtool.job import meet_target, prepare
 from qtool.journal import Journal, default_folder, is_unfinished
 from qtool.memory import parse_size, peak_rss_bytes, reset_peak
-from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.options import build_recipe, default_output
 from qtool.pipeline import compress
@@ -29,6 +28,7 @@ from qtool.publish import check_target
 from qtool.recipe import Recipe, RunOptions
 from qtool.report import NUMBER, TROUBLE, fold_names, inspect_file
 from qtool.results import Compressed, Estimated
+from qtool.seq2seq import blockwise_model
 from qtool.sizes import format_bytes
 from qtool.verification import verify_against
 
@@ -100,7 +100,7 @@ def options_for_engine(
     """A recipe's options, those left open chosen for an engine, which depends on the model's shapes."""
     rules_of(engine)
     with quiet_transformers():
-        shapes = shapes_of(BlockwiseModel(_open_original(model, trust_remote_code)))
+        shapes = shapes_of(blockwise_model(_open_original(model, trust_remote_code)))
     with suppress(re.error):  # which the recipe refuses, by name
         shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
     return options_for(engine, options, shapes)

@@ -15,6 +15,7 @@ from qtool.numerics import quiet_transformers
 
 if TYPE_CHECKING:
     from formats.export.report import ExportReport
+    from qtool.results import Imported
 
 
 def run_warm(file: Path, device: str, tokens: str) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def format_export(output: Path, report: ExportReport) -> str:
     return f"{text}\n{lines}\n{len(rows)} tensors were rounded again, {worst.name} lost most: {100 * worst.error:.3g}%"
 
 
-def run_import(source: str, output: Path, *, assume_v1_zeros: bool, overwrite: bool) -> dict[str, Any]:
+def run_import(source: str, output: Path, *, assume_v1_zeros: bool, overwrite: bool) -> Imported:
     """What the new file holds."""
     from qtool.imports import import_model
 

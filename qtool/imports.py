@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from qtool.errors import CheckpointError, ConfigError
 from qtool.model import BlockwiseModel
 from qtool.pack import DTYPES
 from qtool.provenance import embedded_files, model_member, source_files, versions
+from qtool.results import Imported
 from qtool.seq2seq import blockwise_model
 
 
@@ -47,9 +48,7 @@ def open_quantized(source: str, *, assume_v1_zeros: bool = False) -> QuantizedSo
     return EngineSource(path, assume_v1_zeros=assume_v1_zeros)
 
 
-def import_model(
-    source: str, output: Path, *, overwrite: bool = False, assume_v1_zeros: bool = False
-) -> dict[str, Any]:
+def import_model(source: str, output: Path, *, overwrite: bool = False, assume_v1_zeros: bool = False) -> Imported:
     """Write `output` and return what it holds; nothing appears under that name unless all of it could be read."""
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: exists already; give another --output or --force")
@@ -77,7 +76,7 @@ def import_model(
             quality={},
         )
     decoded: dict[str, str] = getattr(opened, "left_dense", {})
-    return {"file": str(output), "bytes": output.stat().st_size, "packed": n_packed, "left_dense": decoded}
+    return Imported(file=output, bytes=output.stat().st_size, packed=n_packed, left_dense=decoded)
 
 
 def _by_block(model: BlockwiseModel) -> Iterator[list[str]]:

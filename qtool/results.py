@@ -88,6 +88,16 @@ class Verified(Figures):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Imported(Figures):
+    """A file made of a model that was quantized already."""
+
+    file: Path
+    bytes: int
+    packed: int  # tensors whose codes are as they were
+    left_dense: dict[str, str]  # why a quantized tensor was decoded, by its name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generated(Figures):
     """What a model wrote. whole: behind the prompt, where it goes on from it."""
 
@@ -110,13 +120,3 @@ class TaskScores(Figures):
     num_fewshot: dict[str, int]
     lm_eval: str  # its version
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Imported(Figures):
-    """A file with the numbers of a model that was quantized elsewhere."""
-
-    file: Path
-    bytes: int
-    packed: int  # tensors that stay quantized
-    left_dense: dict[str, str]  # name -> why it is decoded

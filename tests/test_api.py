@@ -29,7 +29,7 @@ COMMANDS = {
     ("plot",): api.plot,
 }
 PRINTED = {"as_json", "dry_run", "tensors"}  # what a command does with a result, or which function it calls
-SPELLED = {"engine": "--for", "symmetric": "--sym", "layers": "--layer"}
+SPELLED = {"symmetric": "--sym", "layers": "--layer", "engine": "--for"}
 
 
 def find_command(path):

@@ -133,9 +133,10 @@ def exact(layer: Layer, kinds: Sequence[str] = SMALLEST_FIRST) -> AnyBlocks:
     for kind in kinds:
         if kind in FORMS and (blocks := exact_blocks(steps, kind)) is not None:
             return blocks
+    if not any(kind in FORMS for kind in kinds):
+        raise NotWhole(f"scales of 16 bits are none of {kinds[0]}")
     low, high = int(steps.integers.min()), int(steps.integers.max())
-    tried = " or ".join(kind for kind in kinds if kind in FORMS) or "such types"
-    raise NotWhole(f"steps from {low} to {high} do not fit {tried}")
+    raise NotWhole(f"steps from {low} to {high} do not fit {' or '.join(kind for kind in kinds if kind in FORMS)}")
 
 
 def _own_kind(layer: AffineLinear | CodebookLinear) -> AnyBlocks | None:
