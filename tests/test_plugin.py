@@ -263,7 +263,7 @@ def test_a_device_that_cannot_run_it_is_named(device):
 
 def test_export_refuses_what_would_have_no_effect(tiny_files, tmp_path):
     command = ["export", tiny_files.compressed("llama"), "--to", "transformers", "-o", tmp_path / "packed"]
-    message = "--dtype float16: is for --to dense; give it to from_pretrained, or leave it out"
+    message = "--dtype float16: is not for --to transformers; give it to from_pretrained, or leave it out"
     assert refusal(*command, "--dtype", "float16") == message
     assert not (tmp_path / "packed").exists()
 
