@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
-from invoke import run_qtool
+from invoke import qtool_json, refusal, run_qtool
 from tiny import SIZES, make_model, silence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qtool
+from formats.encoding import Uniform
 from formats.errors import FormatError
 from formats.export import gguf_tokenizer
 from formats.export.gguf import export_gguf, inexact
@@ -19,7 +20,9 @@ from formats.layer import CodebookLinear
 from formats.reader import QtmFile
 from formats.section import pack
 from formats.skeleton import config_from_dict
+from formats.tensors import decode_tensor
 from formats.writer import Writer
+from qtool import importance as qtool_importance
 
 WHOLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
 SUPER = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "num_hidden_layers": 1}
@@ -69,7 +72,7 @@ def with_nf4_embedding(path, target):
     return target
 
 
-def refusal(path, target, **options):
+def export_refusal(path, target, **options):
     """The message, which is one line; nothing is left behind."""
     with pytest.raises(FormatError) as caught:
         export(path, target, **options)
@@ -174,7 +177,7 @@ def test_lossy(make, tmp_path, kind):
 
 def test_what_does_not_fit_is_refused(make, tmp_path):
     path = make("llama", WHOLE, "--method", "rtn", "--bits", "4", "--format", "nf4", "--group-size", "32")
-    message = refusal(path, tmp_path / "model.gguf")
+    message = export_refusal(path, tmp_path / "model.gguf")
     assert "14 tensors do not fit GGUF exactly; the worst, model.layers." in message
     assert "(weights are stored as codebook, not in equal steps; now Q5_0" in message
     assert message.endswith("of its energy; --lossy fits them anew")
@@ -185,7 +188,7 @@ def test_what_does_not_fit_is_refused(make, tmp_path):
 
 def test_rows_that_are_no_blocks(make, tmp_path):
     path = make("llama", WHOLE | {"intermediate_size": 80}, *EXACT)
-    assert "(rows of 80 are no whole blocks of 32; now F16)" in refusal(path, tmp_path / "model.gguf")
+    assert "(rows of 80 are no whole blocks of 32; now F16)" in export_refusal(path, tmp_path / "model.gguf")
     export(path, tmp_path / "model.gguf", lossy=True)
     stored = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     assert stored["blk.0.ffn_down.weight"].tensor_type.name == "F16"
@@ -225,11 +228,11 @@ def test_an_embedding_that_does_not_fit(make, tmp_path, lossy):
 )
 def test_unknown_models(make, tmp_path, family, sizes, message):
     path = make(family, sizes if family == "gpt2" else WHOLE | sizes, "--method", "rtn", "--bits", "4")
-    assert message in refusal(path, tmp_path / "model.gguf")
+    assert message in export_refusal(path, tmp_path / "model.gguf")
 
 
 def test_unknown_type(make, tmp_path):
-    message = refusal(make("llama", WHOLE, *EXACT), tmp_path / "model.gguf", gguf_type="q3_k")
+    message = export_refusal(make("llama", WHOLE, *EXACT), tmp_path / "model.gguf", gguf_type="q3_k")
     assert message == "gguf_type='q3_k': must be one of q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k"
 
 
@@ -346,3 +349,44 @@ def test_how_text_is_split(steps, ignore_merges, name):
         return
     with pytest.raises(FormatError, match=r"llama.cpp has no name for how it splits text"):
         gguf_tokenizer._split_name(parts)
+
+
+def test_out_and_back_on_the_command_line(make, tmp_path):
+    """`export --to gguf`, `import`: the same codes and scales, and what both say of it."""
+    file, model = make("llama", WHOLE, *EXACT), tmp_path / "model.gguf"
+    printed = qtool_json("export", file, "--to", "gguf", "-o", model)
+    assert printed == {"folder": str(model), "to": "gguf", "files": ["model.gguf"], "losses": []}
+    back = qtool_json("import", model, "-o", tmp_path / "back.qtm")
+    assert back["left_dense"] == {}
+    with QtmFile.open(file) as one, QtmFile.open(tmp_path / "back.qtm") as other:
+        assert back["packed"] == sum(isinstance(e.encoding, Uniform) for e in one.tensors.values())
+        for name, entry in one.tensors.items():
+            if isinstance(entry.encoding, Uniform) and entry.encoding.bits == 4:
+                assert pack(one.layer(name)) == pack(other.layer(name)), name
+            assert torch.equal(decode_tensor(one, entry), decode_tensor(other, other.tensors[name])), name
+
+
+def test_what_is_fitted_anew_is_weighted_by_what_the_inputs_are(make, tmp_path, monkeypatch):
+    file, seen = make("llama", SUPER, "--method", "rtn", "--bits", "4"), []
+    real = qtool_importance.measure_importance
+    monkeypatch.setattr(qtool_importance, "measure_importance", lambda *a, **k: seen.append(k) or real(*a, **k))
+    lossy = ("export", file, "--to", "gguf", "--gguf-type", "q4_k", "--lossy", "--calibration", "builtin")
+    printed = qtool_json(*lossy, "-o", tmp_path / "model.gguf")
+    assert seen == [{"source": "builtin"}]
+    assert printed["losses"] and all(0 < loss["error"] < 0.02 for loss in printed["losses"])
+    assert run_qtool("import", tmp_path / "model.gguf", "-o", tmp_path / "back.qtm").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--to", "gguf", "--dtype", "float16"), "--dtype float16: is not for --to gguf; leave it out"),
+        (("--to", "dense", "--gguf-type", "q4_k"), "--gguf-type q4_k: is for --to gguf; leave it out"),
+        (("--to", "awq", "--calibration", "builtin"), "--calibration builtin: is for --to gguf; leave it out"),
+        (("--to", "gguf", "--calibration", "builtin"),
+         "--calibration builtin: is for what is rounded again; give --lossy too"),
+    ],
+)  # fmt: skip
+def test_options_of_another_format(make, tmp_path, options, message):
+    assert refusal("export", make("llama", WHOLE, *EXACT), *options, "-o", tmp_path / "out") == message
+    assert not list(tmp_path.iterdir())
