@@ -8,7 +8,7 @@ from formats.encoding import Data, Version
 from formats.errors import FormatError, error_context
 
 MAGIC = b"\x89QTM\r\n\x1a\n"
-VERSION = (1, 2)
+VERSION = (1, 3)
 """Of this reader; a file has the lowest that it needs (SPEC 2.3.2)."""
 OLDEST_VERSION = (1, 0)
 PREAMBLE_BYTES = 64

@@ -17,6 +17,7 @@ ENCODINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields that m
         {"bits": int, "group_size": int, "levels": str},
         {"input_scales": bool, "stat_bits": int, "stat_rows": int, "outliers": int, "double_quant": bool},
     ),
+    "affine": ({"bits": int, "group_size": int, "symmetric": bool}, {"stat_bits": int, "stat_groups": int}),
     "int8_rows": ({}, {"columns": int}),
     "trellis": (
         {"bits": int, "memory": int, "run": int, "group_size": int},
@@ -59,7 +60,10 @@ def check_encoding(entry: dict[str, Any]) -> None:
     if encoding == "dense":
         must(entry["dtype"] in DENSE_BYTES, "7.2", f"dtype is {entry['dtype']!r}")
         return
-    must(len(shape) == 2, "7.3, 7.11, 7.13 to 7.16", f"{encoding}, with shape {shape}")
+    must(len(shape) == 2, "7.3, 7.11, 7.13 to 7.17", f"{encoding}, with shape {shape}")
+    if encoding == "affine":
+        check_affine(entry)
+        return
     if encoding == "int8_rows":
         must(entry.get("columns", 0) <= shape[1], "7.13", f"{entry.get('columns')} columns")
         return
@@ -92,6 +96,16 @@ def check_encoding(entry: dict[str, Any]) -> None:
         must(entry["run"] >= 32 and entry["run"] % 32 == 0, "7.14", f"run is {entry['run']}")
 
 
+def check_affine(entry: dict[str, Any]) -> None:
+    """SPEC 7.17."""
+    stat_bits, stat_groups = entry.get("stat_bits", 0), entry.get("stat_groups", 0)
+    must(2 <= entry["bits"] <= 8, "7.17", f"bits is {entry['bits']}")
+    must(1 <= entry["group_size"] <= entry["shape"][1], "7.17", f"group_size is {entry['group_size']}")
+    both = (stat_bits, stat_groups) == (0, 0) or (2 <= stat_bits <= 8 and stat_groups >= 1)
+    must(both, "7.17", f"stat_bits is {stat_bits}, stat_groups {stat_groups}")
+    must(stat_bits > 0 or not entry["symmetric"], "7.17", "symmetric without stat_bits")
+
+
 # The parts of a section
 
 
@@ -114,6 +128,8 @@ def parts(entry: dict[str, Any]) -> list[Part]:
     if entry["encoding"] in ("ternary_dict", "ternary_rans"):
         return ternary_parts(entry, n_out, n_in)
     n_groups = -(-n_in // entry["group_size"])
+    if entry["encoding"] == "affine":
+        return affine_parts(entry, n_out, n_in, n_groups)
     if entry["encoding"] == "trellis":
         found = plane_parts("path", 1, n_in, n_out) + plane_parts("codes", entry["bits"] - 1, n_in, n_out)
     else:
@@ -145,6 +161,18 @@ def ternary_parts(entry: dict[str, Any], n_out: int, n_in: int) -> list[Part]:
         found.append(Part("states", "<u4", (n_out, n_segments)))
     found.append(Part("scales", "<f2", (n_out, 2)))
     return [*found, Part("input_scales", "<f2", (n_in,))] if entry.get("input_scales", False) else found
+
+
+def affine_parts(entry: dict[str, Any], n_out: int, n_in: int, n_groups: int) -> list[Part]:
+    """SPEC 7.17."""
+    found = plane_parts("codes", entry["bits"], n_out, n_in)
+    if not (stat_bits := entry.get("stat_bits", 0)):
+        return [*found, Part("scales", "<f2", (n_out, n_groups)), Part("minima", "<f2", (n_out, n_groups))]
+    n_units = -(-n_groups // entry["stat_groups"])
+    for of in ("scale",) if entry["symmetric"] else ("scale", "minimum"):
+        found += plane_parts(f"{of}_codes", stat_bits, 1, n_out * n_groups)
+        found.append(Part(f"{of}_units", "<f2", (n_out, n_units)))
+    return found
 
 
 def scale_parts(entry: dict[str, Any], n_out: int, n_groups: int) -> list[Part]:

@@ -20,7 +20,7 @@ import numpy as np
 from independent_encodings import ENCODINGS, Refused, align, check_encoding, must, placed
 from independent_values import decode
 
-VERSION = (1, 2)
+VERSION = (1, 3)
 MAGIC = b"\x89QTM\r\n\x1a\n"
 MAX_HEADER_BYTES = 16777216
 MAX_DEPTH = 64

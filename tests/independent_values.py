@@ -34,6 +34,8 @@ def decode(entry: dict[str, Any], raw: bytes) -> np.ndarray:
     check_floats(entry, arrays)
     if entry["encoding"] == "int8_rows":
         return decode_int8(entry, arrays)
+    if entry["encoding"] == "affine":
+        return decode_affine(entry, arrays)
     if entry["encoding"] in ("ternary_dict", "ternary_rans"):
         return times_input_scales(entry, arrays, decode_ternary(entry, arrays))
     return times_input_scales(entry, arrays, decode_grouped(entry, arrays))
@@ -76,6 +78,36 @@ def decode_int8(entry: dict[str, Any], arrays: Arrays) -> np.ndarray:
     must(not codes[:, columns].any(), "7.13.2", f"{entry['name']!r}: a code in columns is not 0")
     weights[:, columns] = arrays["values"][0].astype(F32)
     return weights
+
+
+def decode_affine(entry: dict[str, Any], arrays: Arrays) -> np.ndarray:
+    """SPEC 7.17, a group at a time."""
+    (n_out, n_in), bits, size = entry["shape"], entry["bits"], entry["group_size"]
+    codes = unpack(entry, arrays["codes"], n_in, bits).astype(F32)
+    n_groups = -(-n_in // size)
+    weights = np.empty((n_out, n_in), F32)
+    if not entry.get("stat_bits", 0):
+        scales, minima = arrays["scales"][0].astype(F32), arrays["minima"][0].astype(F32)
+    elif entry["symmetric"]:
+        scales, minima = products("scale", entry, arrays, n_groups), None
+    else:
+        scales, minima = products("scale", entry, arrays, n_groups), -products("minimum", entry, arrays, n_groups)
+    for g in range(n_groups):
+        inside = slice(g * size, (g + 1) * size)
+        if minima is None:
+            weights[:, inside] = scales[:, [g]] * (codes[:, inside] - F32(2 ** (bits - 1)))
+        else:
+            weights[:, inside] = scales[:, [g]] * codes[:, inside] + minima[:, [g]]
+    return weights
+
+
+def products(which: str, entry: dict[str, Any], arrays: Arrays, n_groups: int) -> np.ndarray:
+    """[out, G]"""
+    n_out, bits = entry["shape"][0], entry["stat_bits"]
+    codes = unpack(entry, arrays[f"{which}_codes"], n_out * n_groups, bits).reshape(n_out, n_groups).astype(F32)
+    units = arrays[f"{which}_units"][0].astype(F32)
+    less = F32(2 ** (bits - 1) if entry["symmetric"] else 0)
+    return np.stack([units[:, g // entry["stat_groups"]] * (codes[:, g] - less) for g in range(n_groups)], axis=1)
 
 
 def decode_grouped(entry: dict[str, Any], arrays: Arrays) -> np.ndarray:

@@ -20,6 +20,7 @@ class Setting:
 # By module. Peers need different versions of the same packages, so none shares an environment with another or qtool.
 PACKAGES = {
     "llama_cpp": ("cyllama==0.2.18", "gguf==0.19.0", "numpy==2.4.6", "safetensors==0.8.0"),
+    "llama_cpp_engine": ("llama-cpp-python==0.3.36", "numpy==2.4.6"),  # there is no wheel: it is built
     "hqq": ("hqq==0.2.8.post1", "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6"),
     "auto_round": ("auto-round==0.16.1", "torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6"),
     "gptqmodel": ("gptqmodel==7.6.0", "torch==2.13.0", "transformers==5.23.0", "numpy==2.2.6"),

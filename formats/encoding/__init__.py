@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from formats.encoding.affine import Affine
 from formats.encoding.base import (
     ENCODINGS,
     PART_ALIGNMENT,
@@ -45,6 +46,7 @@ __all__ = [
     "MIN_BITS",
     "PART_ALIGNMENT",
     "WORD_BITS",
+    "Affine",
     "Arrays",
     "Codebook",
     "Data",

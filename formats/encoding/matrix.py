@@ -39,7 +39,7 @@ class MatrixEncoding(Encoding):
 
     def part_shapes(self, shape: Shape) -> PartShapes:
         if len(shape) != 2:
-            raise FormatError(f"shape {list(shape)}: {self.name} needs two dimensions (SPEC 7.3, 7.11, 7.13 to 7.16)")
+            raise FormatError(f"shape {list(shape)}: {self.name} needs two dimensions (SPEC 7.3, 7.11, 7.13 to 7.17)")
         return [part for component in self.components(shape).values() for part in component.part_shapes()]
 
     def composite(self, shape: Shape) -> Composite:

@@ -105,6 +105,13 @@ def scale_groups(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
     return weight
 
 
+def add_groups(weight: Tensor, minima: Tensor, group_size: int) -> Tensor:
+    """`weight` [rows, in] f32 plus the minima [rows, G] f32 of its groups, in place (SPEC 7.17)."""
+    for out, groups in _by_group(weight, group_size):
+        out.add_(minima[:, groups, None])
+    return weight
+
+
 def _by_group(matrix: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
     """Views [rows, groups, inputs of one] of a matrix [rows, in], and which groups: the whole ones and a short last."""
     full = matrix.shape[1] // group_size

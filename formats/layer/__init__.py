@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from formats.layer.affine import AffineLinear, Products
 from formats.layer.base import Layer, decode, group_index
 from formats.layer.codebook import CodebookLinear
 from formats.layer.int8 import Int8Linear
@@ -13,10 +14,12 @@ from formats.layer.trellis import TrellisLinear
 from formats.layer.uniform import QuantizedLinear
 
 __all__ = [
+    "AffineLinear",
     "CodebookLinear",
     "DoubleQuant",
     "Int8Linear",
     "Layer",
+    "Products",
     "QuantizedLinear",
     "SparseOutliers",
     "Statistic",

@@ -7,6 +7,7 @@ import numpy as np
 from format_samples import MEMBERS, NO_MEMBERS, add_layer, f16, make_layer
 from golden_samples_1_1 import CONTENTS as SECOND
 from golden_samples_1_2 import CONTENTS as THIRD
+from golden_samples_1_3 import CONTENTS as FOURTH
 
 from formats.encoding import Dense
 from formats.layer import QuantizedLinear
@@ -118,4 +119,4 @@ FIRST: dict[str, Callable[[Writer], None]] = {
     "uniform_groups": uniform_groups,
     "uniform_values": uniform_values,
 }
-CONTENTS = FIRST | SECOND | THIRD
+CONTENTS = FIRST | SECOND | THIRD | FOURTH

@@ -1,4 +1,4 @@
-"""Small layers of every encoding of versions 1.1 and 1.2: functions of their arguments alone, as `make_layer`."""
+"""Small layers of every encoding of versions 1.1 to 1.3: functions of their arguments alone, as `make_layer`."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,9 +8,11 @@ import numpy.typing as npt
 from format_samples import make_layer
 
 from formats.layer import (
+    AffineLinear,
     CodebookLinear,
     DoubleQuant,
     Int8Linear,
+    Products,
     QuantizedLinear,
     SparseOutliers,
     Statistic,
@@ -164,6 +166,41 @@ def make_ternary(
     )
 
 
+def make_products(out_features: int, n_groups: int, bits: int, groups: int, symmetric: bool, step: int = 3) -> Products:
+    return Products(
+        codes=counting(out_features, n_groups, step=step, below=1 << bits),
+        units=halves(out_features, -(-n_groups // groups), step=step + 2, start=0.1),
+        bits=bits,
+        groups=groups,
+        symmetric=symmetric,
+    )
+
+
+def make_affine(
+    out_features: int = 5,
+    in_features: int = 37,
+    bits: int = 4,
+    group_size: int = 4,
+    symmetric: bool = False,
+    stat_bits: int = 0,
+    stat_groups: int = 0,
+) -> AffineLinear:
+    n_groups = -(-in_features // group_size)
+    scales, minima = (halves(out_features, n_groups, step=step, start=0.1) for step in (5, 7))
+    if stat_bits:
+        products = [
+            make_products(out_features, n_groups, stat_bits, stat_groups, symmetric, step=step) for step in (3, 5)
+        ]
+        scales, minima = products  # type: ignore[assignment]
+    return AffineLinear(
+        codes=counting(out_features, in_features, step=5, below=1 << bits),
+        scales=scales,
+        minima=None if symmetric else minima,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
 LAYERS: dict[str, Any] = {
     "two levels": make_spqr(),
     "two levels, symmetric, input scales": make_spqr(symmetric=True, scaled=True),
@@ -185,6 +222,9 @@ LAYERS: dict[str, Any] = {
     "trellis": make_trellis(),
     "trellis, 1 bit, all": with_outliers(make_trellis(40, 11, 1, 4, 9, 64, "two_level", scaled=True)),
     "trellis, 6 bits, few rows": make_trellis(5, 11, 6, 11, 7),
+    "affine": make_affine(),
+    "affine, two levels": make_affine(5, 37, 5, 4, False, 6, 8),
+    "affine, two levels, symmetric": make_affine(3, 70, 6, 16, True, 8, 16),
     "ternary": make_ternary(),
     "ternary, input scales": make_ternary(3, 70, 3, scaled=True),
     "ternary by rANS": make_ternary(coding="ternary_rans"),

@@ -40,7 +40,7 @@ def test_fields_are_read_back(encoding):
     [
         (
             {"encoding": "ternary"},
-            "unknown encoding 'ternary'; this reader knows codebook, dense, int8_rows, ternary_dict, ternary_rans, tr",
+            "unknown encoding 'ternary'; this reader knows affine, codebook, dense, int8_rows, ternary_dict,",
         ),
         ({"encoding": []}, r"unknown encoding \[\]"),
         ({}, "unknown encoding None"),

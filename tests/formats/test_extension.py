@@ -109,4 +109,4 @@ def test_spec_7_one_file_adds_an_encoding(tmp_path):
     assert result.returncode == 0, result.stderr
     # Where the file is not there, the encoding is refused by name.
     refused = python("-c", "import sys; from formats.reader import verify; verify(sys.argv[1])", files[0])
-    assert "unknown encoding 'signs'; this reader knows codebook, dense" in refused.stderr
+    assert "unknown encoding 'signs'; this reader knows affine, codebook, dense" in refused.stderr

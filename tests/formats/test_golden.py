@@ -14,6 +14,7 @@ from formats.encoding import (
     ENCODINGS,
     MAX_BITS,
     MIN_BITS,
+    Affine,
     Codebook,
     Int8Rows,
     TernaryDict,
@@ -116,6 +117,13 @@ def test_every_encoding_and_option_is_in_some_golden_file():
         (kind, scaled) for kind in (TernaryDict, TernaryRans) for scaled in (False, True)
     }
     assert {e.words > 0 for e in ternary if isinstance(e, TernaryRans)} == {False, True}
+    affine = [entry.encoding for entry in entries if isinstance(entry.encoding, Affine)]
+    assert {(e.bits, e.stat_bits > 0, e.symmetric) for e in affine} >= {
+        (bits, *levels)
+        for bits in range(MIN_BITS, MAX_BITS + 1)
+        for levels in ((False, False), (True, False), (True, True))
+    }
+    assert {e.stat_bits for e in affine} == {0, *range(MIN_BITS, MAX_BITS + 1)}
     dense = [entry for entry in entries if entry.encoding.name == "dense"]
     assert {entry.encoding.dtype for entry in dense} == {"F16", "BF16", "F32"}
     assert {len(entry.shape) for entry in dense} >= {0, 1, 2, 3, 8}

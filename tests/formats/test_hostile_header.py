@@ -185,7 +185,7 @@ def embedded(**changes):
         (lambda tree: tree["tensors"][0].pop("sha256"), "tensor 'w': no field 'sha256' .*SPEC 3.3"),
         (tensor(perm=[0]), r"tensor 'w': unknown field 'perm' \(SPEC 3.5\)"),
         (tensor(dtype="F16"), "tensor 'w': unknown field 'dtype'"),
-        (tensor(encoding="ternary"), "tensor 'w': unknown encoding 'ternary'; this reader knows codebook"),
+        (tensor(encoding="ternary"), "tensor 'w': unknown encoding 'ternary'; this reader knows affine, codebook"),
         (tensor(bits=4), r"tensor 'w': \d+ bytes, but uniform \[3, 11\] takes \d+ \(SPEC 5.4\)"),
         (tensor(bits=9), "tensor 'w': bits=9: must be 2 to 8"),
         (tensor(bits=True), "tensor 'w': bits=True: must be int"),

@@ -1,4 +1,4 @@
-"""Every "must" of SPEC 7.6.1 and 7.9 to 7.16 broken: numbers in sections under right hashes, and fields of entries."""
+"""Every "must" of SPEC 7.6.1 and 7.9 to 7.17 broken: numbers in sections under right hashes, and fields of entries."""
 
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from layer_samples import (
 from test_hostile import with_section
 
 from formats.encoding import (
+    Affine,
     Codebook,
     Encoding,
     Int8Rows,
@@ -96,6 +97,10 @@ COLUMN = r"outlier_columns reach \d+: must be below 11 inputs \(SPEC 7.10.1\)"
         ("ternary by rANS", "word_blocks", (0,), 2, r"word_blocks go from 2 to 17: must be from 0 to 17 \(SPEC 7.16.3"),
         (BLOCKS, "word_blocks", (1,), 160, r"word_blocks fall behind number 1: must never fall \(SPEC 7.16.3\)"),
         (BLOCKS, "word_blocks", (1,), 3, r"words of block 0: its lanes take more, or fewer, .*\(SPEC 7.16.4\)"),
+        ("affine", "scales", (4, 2), NAN, r"a scale is NaN or infinite \(SPEC 7.6\)"),
+        ("affine", "minima", (0, 9), INFINITE, r"a minimum is NaN or infinite \(SPEC 7.6\)"),
+        ("affine, two levels", "scale_units", (4, 1), INFINITE, r"a unit of the scales is NaN or .*\(SPEC 7.6\)"),
+        ("affine, two levels", "minimum_units", (0, 0), NAN, r"a unit of the minima is NaN or .*\(SPEC 7.6\)"),
         ("int8", "scales", (0,), BEYOND, r"a scale is NaN, infinite or beyond 2\*\*64 \(SPEC 7.6\)"),
         ("int8", "codes", (2, 10), -128, r"a code is -128: must be -127 to 127 \(SPEC 7.13.2\)"),
         ("int8, two columns", "values", (0, 1), NAN, r"a value is NaN or infinite \(SPEC 7.6\)"),
@@ -198,6 +203,7 @@ UNIFORM = {"encoding": "uniform", "bits": 3, "group_size": 4, "symmetric": False
 TRELLIS = {"encoding": "trellis", "bits": 2, "memory": 4, "run": 64, "group_size": 4}
 DICTIONARY = {"encoding": "ternary_dict", "share_low": 20, "share_high": 20, "codewords": 9}
 RANS = {"encoding": "ternary_rans", "segment": 20, "words": 2}
+AFFINE = {"encoding": "affine", "bits": 4, "group_size": 4, "symmetric": False}
 CODEBOOK = {"encoding": "codebook", "bits": 4, "group_size": 4, "levels": "nf4"}
 
 
@@ -243,6 +249,16 @@ CODEBOOK = {"encoding": "codebook", "bits": 4, "group_size": 4, "levels": "nf4"}
         (RANS | {"segment": 2**63}, r"segment is 9223372036854775808: must be an integer from 0 to .*\(SPEC 3.3\)"),
         (RANS | {"words": 10}, r"words=10: must be 0 to 9 \(SPEC 7.16\)"),
         (RANS | {"words": True}, "words=True: must be int"),
+        (AFFINE | {"bits": 1}, r"bits=1: must be 2 to 8 \(SPEC 7.17\)"),
+        (AFFINE | {"bits": 9}, r"bits=9: must be 2 to 8 \(SPEC 7.17\)"),
+        (AFFINE | {"group_size": 0}, r"group_size=0: must be 1 or more \(SPEC 7.17\)"),
+        (AFFINE | {"group_size": 12}, r"group_size=12: more than 11 inputs \(SPEC 7.17\)"),
+        (AFFINE | {"stat_bits": 1, "stat_groups": 2}, r"stat_bits=1: must be 2 to 8 \(SPEC 7.17\)"),
+        (AFFINE | {"stat_bits": 9, "stat_groups": 2}, r"stat_bits=9: must be 2 to 8 \(SPEC 7.17\)"),
+        (AFFINE | {"stat_bits": 6}, r"stat_groups=0: must be 1 or more with stat_bits \(SPEC 7.17\)"),
+        (AFFINE | {"stat_groups": 8}, r"stat_groups=8: must be 0 without stat_bits \(SPEC 7.17\)"),
+        (AFFINE | {"stat_bits": 6, "stat_groups": 2**63}, r"stat_groups is 9223372036854775808: must be an integer"),
+        (AFFINE | {"symmetric": True}, r"symmetric without stat_bits: that is uniform \(SPEC 7.17\)"),
         ({"encoding": "int8_rows", "columns": 12}, r"columns=12: must be 0 to 11 \(SPEC 7.13\)"),
         ({"encoding": "int8_rows", "columns": "2"}, "columns='2': must be int"),
     ],
@@ -293,6 +309,7 @@ def test_spec_7_10_more_outliers_than_a_pointer_counts():
 @pytest.mark.parametrize(
     "encoding",
     [
+        Affine(bits=4, group_size=1, symmetric=False),
         Codebook(bits=4, group_size=1, levels="nf4"),
         Int8Rows(),
         Uniform(bits=2, group_size=1, symmetric=True),
@@ -302,5 +319,5 @@ def test_spec_7_10_more_outliers_than_a_pointer_counts():
 )
 @pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3)])
 def test_spec_7_11_quantized_tensors_have_two_dimensions(encoding: Encoding, shape):
-    with pytest.raises(FormatError, match=rf"{encoding.name} needs two dimensions \(SPEC 7.3, 7.11, 7.13 to 7.16\)"):
+    with pytest.raises(FormatError, match=rf"{encoding.name} needs two dimensions \(SPEC 7.3, 7.11, 7.13 to 7.17\)"):
         encoding.parts(shape)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from format_samples import make_layer
 from layer_samples import (
+    make_affine,
     make_codebook,
     make_double_quant,
     make_int8,
     make_outliers,
+    make_products,
     make_spqr,
     make_trellis,
     make_two_level,
@@ -76,6 +78,41 @@ F16, F32, U8, U16, U32 = np.float16, np.float32, np.uint8, np.uint16, np.uint32
         (lambda: replace(make_trellis(), run=33), "run=33: must be a multiple of 32, above 0 (SPEC 7.14)"),
         (lambda: replace(make_trellis(), levels=np.full(16, np.inf, F16)), "a level is NaN or infinite (SPEC 7.6)"),
         (lambda: replace(make_trellis(), scales=make_double_quant(70, 3)), "scales are quantized twice: trellis has"),
+        (lambda: replace(make_affine(), bits=9), "bits=9: must be 2 to 8 (SPEC 7.17)"),
+        (lambda: replace(make_affine(), bits=3), "codes reach 15: does not fit 3 bits (SPEC 7.4.1)"),
+        (lambda: replace(make_affine(), group_size=38), "group_size=38: must be 1 to 37 (SPEC 7.17)"),
+        (lambda: replace(make_affine(), codes=np.zeros(3, U8)), "codes [3]: must be [out, in], not empty (SPEC 7.17)"),
+        (lambda: replace(make_affine(), minima=None), "symmetric without stat_bits: that is uniform (SPEC 7.17)"),
+        (
+            lambda: replace(make_affine(), minima=np.zeros((5, 9), F16)),
+            "minima are float16[5, 9]: must be float16[5, 10]",
+        ),
+        (
+            lambda: replace(make_affine(), minima=np.full((5, 10), np.nan, F16)),
+            "a minimum is NaN or infinite (SPEC 7.6)",
+        ),
+        (
+            lambda: replace(make_affine(), minima=make_products(5, 10, 6, 8, False)),
+            "scales and minima: must be stored alike (SPEC 7.17)",
+        ),
+        (
+            lambda: replace(
+                make_affine(), scales=make_products(5, 10, 6, 8, True), minima=make_products(5, 10, 6, 8, True)
+            ),
+            "scales: must have signs if and only if codes have (SPEC 7.17)",
+        ),
+        (
+            lambda: replace(make_affine(), scales=make_products(5, 9, 6, 8, True), minima=None),
+            "codes of scales are uint8[5, 9]: must be uint8[5, 10] (SPEC 7.17)",
+        ),
+        (
+            lambda: replace(make_affine(), scales=replace(make_products(5, 10, 6, 8, True), bits=5), minima=None),
+            "codes of scales reach 63: does not fit 5 bits (SPEC 7.4.1)",
+        ),
+        (
+            lambda: replace(make_affine(), scales=replace(make_products(5, 10, 6, 8, True), groups=0), minima=None),
+            "stat_groups=0: must be 1 or more with stat_bits (SPEC 7.17)",
+        ),
         (
             lambda: replace(make_int8(), codes=np.zeros(3, np.int8)),
             "codes [3]: must be [out, in], not empty (SPEC 7.13)",

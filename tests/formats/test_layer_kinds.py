@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_samples import (
     LAYERS,
+    make_affine,
     make_codebook,
     make_int8,
     make_outliers,
@@ -113,6 +114,13 @@ def test_spec_7_11_any_codebook(shape, bits, group_size, statistics):
 def test_spec_7_13_any_int8_rows(shape, data):
     columns = data.draw(st.sets(st.integers(0, shape[1] - 1)))
     check_bits_agree(make_int8(*shape, tuple(sorted(columns))))
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes, st.integers(2, 8), st.integers(1, 70), st.booleans(), st.integers(2, 8), st.integers(0, 9))
+def test_spec_7_17_any_affine(shape, bits, group_size, symmetric, stat_bits, stat_groups):
+    levels = (symmetric, stat_bits, stat_groups) if stat_groups else (False, 0, 0)
+    check_bits_agree(make_affine(*shape, bits, min(group_size, shape[1]), *levels))
 
 
 def check_any_rows(layer, data):

@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from both_readers import both_read, claim, header_of
 from format_samples import make_layer, write_items
-from golden_samples import FIRST, FOLDER, SECOND, THIRD
+from golden_samples import FIRST, FOLDER, FOURTH, SECOND, THIRD
 from independent_reader import Refused
 from invoke import refusal, run_qtool
 from layer_samples import LAYERS
 
 from formats.errors import FormatError
-from formats.layer import TernaryLinear
+from formats.layer import AffineLinear, TernaryLinear
 from formats.preamble import VERSION
 from formats.reader import QtmFile
 
 V1 = FOLDER / "v1.qtm"
+BROUGHT_BY = {TernaryLinear: (1, 2), AffineLinear: (1, 3)}
 
 
 def refusals(data: bytes, path) -> list[str]:
@@ -31,16 +32,16 @@ def refusals(data: bytes, path) -> list[str]:
 def test_spec_2_3_2_every_golden_file_has_the_lowest_version_that_suffices():
     """Also after the next version: what is in these files was in that one already."""
     assert VERSION == independent_reader.VERSION
-    for version, names in (((1, 0), FIRST), ((1, 1), SECOND), ((1, 2), THIRD)):
+    for version, names in (((1, 0), FIRST), ((1, 1), SECOND), ((1, 2), THIRD), ((1, 3), FOURTH)):
         for name in names:
             assert independent_reader.read(FOLDER / f"{name}.qtm").version == version, name
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_spec_2_3_2_one_tensor_decides(layer, tmp_path):
-    """Whatever 1.1 or 1.2 brought makes the file 1.1 or 1.2, wherever it stands."""
+    """Whatever a version brought makes the file that version, wherever it stands."""
     write_items(tmp_path / "a.qtm", [make_layer(), layer, b""])
-    assert QtmFile.open(tmp_path / "a.qtm").version == ((1, 2) if isinstance(layer, TernaryLinear) else (1, 1))
+    assert QtmFile.open(tmp_path / "a.qtm").version == BROUGHT_BY.get(type(layer), (1, 1))
     write_items(tmp_path / "b.qtm", [make_layer(), np.zeros(3, np.float16), b""])
     assert QtmFile.open(tmp_path / "b.qtm").version == (1, 0)
 
@@ -73,7 +74,7 @@ def test_spec_2_3_3_a_newer_minor_version_says_what_is_new_and_both_versions(cha
     change(header)
     for line in refusals(claim(V1.read_bytes(), header, version=(1, 7)), tmp_path / "newer.qtm"):
         assert named in line
-        assert "1.7" in line and "1.2" in line
+        assert "1.7" in line and "1.3" in line
 
 
 def test_spec_2_3_3_this_version_is_not_blamed_on_a_newer_one():
