@@ -13,11 +13,13 @@ from qtool.cli_options import emit, json_option
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(["dense", "transformers", "gptq", "compressed-tensors", "awq"]), required=True,
+    "--to", type=click.Choice(["dense", "transformers", "gptq", "compressed-tensors", "awq", "gguf"]), required=True,
     help="dense: a Hugging Face folder of decoded weights; transformers: one as small as FILE, for programs that "
-    "import qtool; gptq, compressed-tensors, awq: one that other engines load.",
+    "import qtool; gptq, compressed-tensors, awq: one that other engines load; gguf: a file for llama.cpp.",
 )  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="PATH", help="New folder, or file."
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of tensors that are not quantized.  [default: what holds them exactly]",
@@ -25,6 +27,11 @@ from qtool.cli_options import emit, json_option
 @click.option(
     "--gptq-version", type=click.Choice(["1", "2"]), callback=lambda context, option, value: value and int(value),
     help="gptq: 1 for readers that know no other; it has no zero of 0.  [default: 2]",
+)  # fmt: skip
+@click.option(
+    "--gguf-type", metavar="TYPE",
+    help="gguf: q8_0, q5_1, q5_0, q4_1, q4_0, and with --lossy q6_k, q5_k or q4_k.  [default: of each tensor the "
+    "smallest that is exact]",
 )  # fmt: skip
 @click.option("--lossy", is_flag=True, help="Round again what the format cannot hold; each tensor's error is told.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -36,6 +43,7 @@ def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **opti
     qtool export model.qtm --to dense -o ./decoded
     qtool export model.qtm --to transformers -o ./packed
     qtool export model.qtm --to gptq -o ./model-gptq
+    qtool export model.qtm --to gguf -o model.gguf
 
     Values are those of FILE, bit for bit, or nothing is written: where a format has no place for something, the
     message says what, and what error --lossy would add. Codes of a width that a format lacks are written in the next.
@@ -47,7 +55,7 @@ def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **opti
 
 
 @click.command("import")
-@click.argument("source", metavar="DIR")
+@click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="New .qtm file.")
 @click.option(
     "--assume-v1-zeros", is_flag=True,
@@ -56,13 +64,13 @@ def export(file: Path, to: str, output: Path, force: bool, as_json: bool, **opti
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
 def import_(source: str, output: Path, assume_v1_zeros: bool, force: bool, as_json: bool) -> None:
-    """Take over a model that is quantized already, as it is: DIR holds GPTQ, AWQ or compressed-tensors.
+    """Take over a model that is quantized already: SOURCE is a GPTQ, AWQ or compressed-tensors folder, or a GGUF file.
 
     \b
     qtool import ./model-gptq -o model.qtm
-    qtool import ./model-awq -o model.qtm --json
+    qtool import model.Q4_K_M.gguf -o model.qtm
 
-    Codes, scales and zeros are those of DIR. A tensor whose scales or zeros a .qtm file cannot hold is decoded and
+    Codes, scales and zeros are those of SOURCE. A tensor whose scales or zeros a .qtm file cannot hold is decoded and
     stored whole, and listed.
     """
     from qtool import finished

@@ -16,6 +16,9 @@ from qtool.numerics import quiet_transformers
 if TYPE_CHECKING:
     from formats.export.report import ExportReport
 
+FITTED_TYPES = ("q4_k", "q5_k", "q6_k")
+"""Of GGUF, which hold no file's numbers: weights are fitted anew, by how much their inputs matter."""
+
 
 def run_warm(file: Path, device: str, tokens: str) -> list[dict[str, Any]]:
     """What was found for each class of shapes, in the order in which it was tried."""
@@ -52,33 +55,57 @@ def run_export(
     *,
     dtype: str | None = None,
     gptq_version: int | None = None,
+    gguf_type: str | None = None,
     lossy: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write FILE in the format `to`."""
-    from formats.export.awq import export_awq
-    from formats.export.compressed_tensors import export_compressed_tensors
-    from formats.export.dense import export_dense
-    from formats.export.gptq import export_gptq
-    from formats.export.packed import export_packed
-
-    if to == "transformers" and dtype is not None:
-        raise ConfigError(f"--dtype {dtype}: is not for --to {to}; give it to from_pretrained, or leave it out")
-    if to != "gptq" and gptq_version is not None:
-        raise ConfigError(f"--gptq-version {gptq_version}: is for --to gptq; leave it out")
-    if to in ("dense", "transformers") and lossy:
-        raise ConfigError(f"--lossy: --to {to} holds everything; leave it out")
+    _check_export_options(to, dtype, gptq_version, gguf_type, lossy)
+    options: dict[str, Any] = {"lossy": lossy, "overwrite": overwrite}
     with QtmFile.open(file) as opened, quiet_transformers():
+        if to == "gguf":
+            from formats.export.gguf import export_gguf
+
+            importance = _importance(file) if lossy and gguf_type in FITTED_TYPES else None
+            return export_gguf(opened, output, gguf_type=gguf_type, importance=importance, **options)
         if to == "transformers":
+            from formats.export.packed import export_packed
+
             return export_packed(opened, output, overwrite=overwrite)
         if to == "dense":
+            from formats.export.dense import export_dense
+
             return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
-        options: dict[str, Any] = {"dtype": dtype, "lossy": lossy, "overwrite": overwrite}
-        if to == "compressed-tensors":
-            return export_compressed_tensors(opened, output, **options)
-        if to == "awq":
-            return export_awq(opened, output, **options)
-        return export_gptq(opened, output, version=2 if gptq_version is None else gptq_version, **options)
+        if to == "gptq":
+            from formats.export.gptq import export_gptq
+
+            return export_gptq(opened, output, version=gptq_version or 2, dtype=dtype, **options)
+        from formats.export.awq import export_awq
+        from formats.export.compressed_tensors import export_compressed_tensors
+
+        export = export_awq if to == "awq" else export_compressed_tensors
+        return export(opened, output, dtype=dtype, **options)
+
+
+def _check_export_options(
+    to: str, dtype: str | None, gptq_version: int | None, gguf_type: str | None, lossy: bool
+) -> None:
+    """Refuse what a format has no use for."""
+    if to in ("transformers", "gguf") and dtype is not None:
+        raise ConfigError(f"--dtype {dtype}: is not for --to {to}; leave it out")
+    if to != "gptq" and gptq_version is not None:
+        raise ConfigError(f"--gptq-version {gptq_version}: is for --to gptq; leave it out")
+    if to != "gguf" and gguf_type is not None:
+        raise ConfigError(f"--gguf-type {gguf_type}: is for --to gguf; leave it out")
+    if to in ("dense", "transformers") and lossy:
+        raise ConfigError(f"--lossy: --to {to} holds everything; leave it out")
+
+
+def _importance(file: Path) -> Any:
+    """What a fit is weighted by; its bars are for a terminal."""
+    from qtool.importance import measure_importance
+
+    return measure_importance(file)
 
 
 def format_export(output: Path, report: ExportReport) -> str:
@@ -103,7 +130,7 @@ def run_import(source: str, output: Path, *, assume_v1_zeros: bool, overwrite: b
 def format_import(result: dict[str, Any]) -> str:
     """What became of it, and each layer whose codes our file cannot hold."""
     lines = [f"{result['file']}: {result['bytes']:,} bytes, {result['packed']} quantized tensors as they were"]
-    lines += [f"{name}: decoded to float32, for {reason}" for name, reason in result["left_dense"].items()]
+    lines += [f"{name}: {reason}" for name, reason in result["decoded"].items()]
     return "\n".join(lines)
 
 
