@@ -146,7 +146,7 @@ def run_import(source: str, output: Path, *, assume_v1_zeros: bool, overwrite: b
 def format_import(result: dict[str, Any]) -> str:
     """What became of it, and each layer whose codes our file cannot hold."""
     lines = [f"{result['file']}: {result['bytes']:,} bytes, {result['packed']} quantized tensors as they were"]
-    lines += [f"{name}: decoded to float32, for {reason}" for name, reason in result["left_dense"].items()]
+    lines += [f"{name}: {reason}" for name, reason in result["decoded"].items()]
     return "\n".join(lines)
 
 

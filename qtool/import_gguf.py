@@ -25,12 +25,12 @@ Rows = npt.NDArray[Any]
 class GgufSource:
     """A GGUF file to be imported. Bind `checkpoint` to a skeleton first; then `layer` knows its parameters.
 
-    left_dense: of each tensor asked for whose type no encoding holds, why it is decoded.
+    decoded: of each tensor asked for whose type no encoding holds, why it is decoded.
     """
 
     def __init__(self, path: Path) -> None:
         self.checkpoint = _Checkpoint(path)
-        self.left_dense: dict[str, str] = {}
+        self.decoded: dict[str, str] = {}
 
     def layer(self, name: str) -> Layer | None:
         """The parameter `name` as a layer with the numbers of the file, rows in the order of the model.
@@ -45,7 +45,7 @@ class GgufSource:
         with error_context(f"{self.checkpoint.name}: tensor {stored.name}"):
             layer = None if order is None else _layer(kind, stored.data[order])
         if layer is None:
-            self.left_dense[name] = f"its type {kind}, which no encoding holds"
+            self.decoded[name] = f"{kind}: no encoding holds it; stored as float32"
         return layer
 
 

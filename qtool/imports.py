@@ -26,7 +26,7 @@ from qtool.seq2seq import blockwise_model
 class QuantizedSource(Protocol):
     """A quantized model. `checkpoint` reads all of it decoded."""
 
-    left_dense: dict[str, str]
+    decoded: dict[str, str]
     """Why a quantized tensor is decoded, by the name of each that `layer` was asked for and could not give."""
 
     @property
@@ -47,7 +47,7 @@ def open_quantized(source: str, *, assume_v1_zeros: bool = False) -> QuantizedSo
 
         return open_gguf(path)
     if not path.is_dir():
-        raise CheckpointError(f"{source}: no such folder; import reads a model folder or a .gguf file")
+        raise CheckpointError(f"{source}: no such folder or .gguf file; import reads no other")
     from qtool.checkpoint_engine import EngineSource
 
     return EngineSource(path, assume_v1_zeros=assume_v1_zeros)
@@ -80,7 +80,7 @@ def import_model(source: str, output: Path, *, overwrite: bool = False, assume_v
             provenance={**versions(), "source_format": checkpoint.format, "source_files": sources},
             quality={},
         )
-    return Imported(file=output, bytes=output.stat().st_size, packed=n_packed, left_dense=opened.left_dense)
+    return Imported(file=output, bytes=output.stat().st_size, packed=n_packed, decoded=opened.decoded)
 
 
 def _by_block(model: BlockwiseModel) -> Iterator[list[str]]:

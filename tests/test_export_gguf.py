@@ -8,9 +8,11 @@ import torch
 from gguf import GGUFReader, dequantize
 from invoke import qtool_json, refusal, run_qtool
 from tiny import SIZES, make_model, silence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import qtool
+from calibration.corpus import calibration_windows
 from formats.encoding import Uniform
 from formats.errors import FormatError
 from formats.export import gguf_tokenizer
@@ -23,6 +25,7 @@ from formats.skeleton import config_from_dict
 from formats.tensors import decode_tensor
 from formats.writer import Writer
 from qtool import importance as qtool_importance
+from qtool.importance import measure_importance
 
 WHOLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
 SUPER = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "num_hidden_layers": 1}
@@ -231,6 +234,83 @@ def test_unknown_models(make, tmp_path, family, sizes, message):
     assert message in export_refusal(path, tmp_path / "model.gguf")
 
 
+def sentencepiece():
+    """A tokenizer as SentencePiece ones are converted: visible spaces, and bytes for what has no token."""
+    words = [("t", "h"), ("▁", "o"), ("th", "e"), ("n", "e"), ("▁", "the"), ("▁o", "ne"), ("i", "n"), ("in", "g")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thoneig"]
+    vocab = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in words)])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=words, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def test_sentencepiece(tmp_path):
+    """Merges become scores; what comes back reads text the same way."""
+    tokenizer = sentencepiece()
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "vocab_size": 290}
+    model = make_model("llama", tmp_path / "model", sizes=WHOLE | ids)
+    tokenizer.save_pretrained(model)
+    assert run_qtool("compress", model, "-o", tmp_path / "a.qtm", *EXACT).exit_code == 0
+    export(tmp_path / "a.qtm", tmp_path / "a.gguf")
+    found = keys(tmp_path / "a.gguf")
+    assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    assert [scores[token] for token in ("th", "▁o", "▁the", "<0x41>", "i")] == [0, -1, -4, 0, -10000]
+    types = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
+    assert [types[token] for token in ("<unk>", "<s>", "<0x41>", "th", "[PAD289]")] == [2, 3, 6, 1, 5]
+    loaded = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    for text in ("the one", "nothing, thing é"):
+        assert loaded(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids, text
+
+
+def test_tokenizers_that_gguf_has_no_keys_for(make, tmp_path):
+    backend = sentencepiece().backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(FormatError, match=r"tokenizer with 'Lowercase': llama.cpp has no such step"):
+        gguf_tokenizer.tokenizer_values(PreTrainedTokenizerFast(tokenizer_object=backend), 290, None)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(FormatError, match=r"tokenizer of type 'WordLevel': there is no export to GGUF for it"):
+        gguf_tokenizer.tokenizer_values(PreTrainedTokenizerFast(tokenizer_object=words), 290, None)
+    with pytest.raises(FormatError, match=r"tokenizer: its largest id is 274, the model has 100 embeddings"):
+        gguf_tokenizer.tokenizer_values(sentencepiece(), 100, None)
+
+
+def test_several_ends_and_templates():
+    """A second id that ends a text is that of a turn; templates have names."""
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    found = gguf_tokenizer.tokenizer_values(tokenizer, 290, GenerationConfig(eos_token_id=[2, 7]))
+    assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (2, 7)
+    assert found["tokenizer.chat_template"] == "a" and found["tokenizer.chat_template.tool_use"] == "b"
+    assert found["tokenizer.chat_templates"] == ["tool_use"]
+
+
+def test_importance_is_what_the_blocks_see(make):
+    """The mean square of each input, of the model that transformers runs on the same windows."""
+    path = make("llama", WHOLE, *EXACT)
+    found = measure_importance(path, n_windows=2, seq_len=32)
+    model, seen = qtool.load(path), {}
+
+    def hook(name):
+        return lambda module, inputs: seen.setdefault(name, []).append(inputs[0].detach())
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(hook(f"{name}.weight"))
+    tokenizer = qtool.load_tokenizer(path)
+    windows = calibration_windows(
+        "builtin", lambda text: list(tokenizer(text, verbose=False).input_ids), n_samples=2, seq_len=32, seed=0
+    )
+    model(torch.from_numpy(windows.ids))
+    assert found.keys() == seen.keys() and len(found) == 14
+    for name, (inputs,) in seen.items():
+        want = inputs.reshape(-1, inputs.shape[-1]).square().mean(dim=0)
+        np.testing.assert_allclose(found[name], want.numpy(), rtol=1e-4)
+
+
 def test_unknown_type(make, tmp_path):
     message = export_refusal(make("llama", WHOLE, *EXACT), tmp_path / "model.gguf", gguf_type="q3_k")
     assert message == "gguf_type='q3_k': must be one of q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k"
@@ -357,7 +437,7 @@ def test_out_and_back_on_the_command_line(make, tmp_path):
     printed = qtool_json("export", file, "--to", "gguf", "-o", model)
     assert printed == {"folder": str(model), "to": "gguf", "files": ["model.gguf"], "losses": []}
     back = qtool_json("import", model, "-o", tmp_path / "back.qtm")
-    assert back["left_dense"] == {}
+    assert back["decoded"] == {}
     with QtmFile.open(file) as one, QtmFile.open(tmp_path / "back.qtm") as other:
         assert back["packed"] == sum(isinstance(e.encoding, Uniform) for e in one.tensors.values())
         for name, entry in one.tensors.items():

@@ -93,7 +93,7 @@ def test_a_layer_has_the_values_of_the_file(model, tmp_path, kind):
     assert np.array_equal(layer.dequantize(), want)
     again = unpack_section(pack(layer), layer.shape, layer.encoding)
     assert np.array_equal(again.dequantize(), want)
-    assert source.left_dense == {}
+    assert source.decoded == {}
     expected = {"Q4_1": Affine, "Q5_1": Affine, "IQ4_NL": Codebook, "MXFP4": Codebook}
     expected |= dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), Affine)
     assert type(layer.encoding) is expected.get(kind, Uniform)
@@ -108,7 +108,7 @@ def test_whole_files(model, tmp_path):
     for name in quantized:
         assert np.array_equal(source.layer(name).dequantize(), loaded(source, skeleton, name)), name
     source, skeleton = opened(write_gguf(model, tmp_path / "f16.gguf", "F16"))
-    assert all(source.layer(name) is None for name in names) and source.left_dense == {}
+    assert all(source.layer(name) is None for name in names) and source.decoded == {}
     assert source.checkpoint.stored_dtype(Q_PROJ) == "F16"
 
 
@@ -118,7 +118,7 @@ def test_a_type_that_no_encoding_holds(model, tmp_path):
     rows = some_rows("IQ4_XS", 256, 256)
     source, _ = opened(file_with(tmp_path / "x.gguf", plain, "blk.0.attn_q.weight", "IQ4_XS", rows))
     assert source.layer(Q_PROJ) is None
-    assert source.left_dense == {Q_PROJ: "its type IQ4_XS, which no encoding holds"}
+    assert source.decoded == {Q_PROJ: "IQ4_XS: no encoding holds it; stored as float32"}
     assert source.checkpoint.stored_dtype(Q_PROJ) == "F32"
 
 
@@ -187,4 +187,4 @@ def test_an_mxfp4_scale_beyond_16_bits(model, tmp_path):
     rows[0, 0] = 90
     plain = write_gguf(model, tmp_path / "plain.gguf")
     source, _ = opened(file_with(tmp_path / "x.gguf", plain, "blk.0.attn_q.weight", "MXFP4", rows))
-    assert source.layer(Q_PROJ) is None and list(source.left_dense) == [Q_PROJ]
+    assert source.layer(Q_PROJ) is None and list(source.decoded) == [Q_PROJ]
