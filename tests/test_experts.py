@@ -26,6 +26,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.mixture import Mixture, RoutedTokens
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
+from qtool.runlog import RunReport
 from qtool.states import HiddenStates
 
 SOME = ("--min-expert-tokens", "8")
@@ -360,3 +361,16 @@ def test_spec_2_3_3_a_file_whose_experts_are_one_tensor_is_read(tiny_files, tmp_
     with safe_open(tmp_path / "transformers" / "model.safetensors", framework="pt") as stored:
         assert "model.layers.0.mlp.experts.down_proj" in stored.keys()  # noqa: SIM118
     assert run_qtool("verify", fused).exit_code == 0
+
+
+def test_more_layers_than_a_header_has_room_for_are_told_by_mixture():
+    names = [f"m.{n}.experts.{e}.down_proj.weight" for n in range(2) for e in range(600)]
+    report = RunReport(
+        harder_damped={name: i / 8 for i, name in enumerate(names)} | {"m.0.q.weight": 0.5},
+        dropped_tokens=dict.fromkeys(names[:1000], 3),
+        rounded=names,
+    )
+    quality = report.quality()
+    assert quality["harder_damped"] == {"m.0.experts": 599 / 8, "m.1.experts": 1199 / 8, "m.0.q.weight": 0.5}
+    assert quality["dropped_tokens"] == report.dropped_tokens  # these there is room for
+    assert quality["rounded"] == ["m.0.experts", "m.1.experts"] and quality["uncalibrated"] == []
