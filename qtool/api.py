@@ -76,9 +76,9 @@ def _request(
     trust_remote_code: bool = False,
     warn: Warn | None = None,
 ) -> Request:
-    """What is asked for; the options of `qtool compress` by their names, all but `symmetric` (`--sym`), `engine`
-    (`--for`) and `layers` (`--layer`, any number). warn: gets each line that a user should read; Python's warnings
-    otherwise.
+    """What is asked for: the options of `qtool compress` by their names, but for `symmetric` (`--sym`), `engine`
+    (`--for`) and `layers` (`--layer`, any number). warn: gets each line that a user should read; without it they are
+    Python's warnings.
     """
     options = dict(locals())  # the names above, each said once
     from qtool.commands import Request

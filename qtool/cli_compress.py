@@ -66,7 +66,7 @@ _method_options = _options(
         help="Inputs that share a scale; -1: a row. A target may halve groups of 64 and more.  "
         "[default: 128; spqr: 16; nf4, fp4, fitted: 64; trellis: -1]",
     ),
-    click.option("--sym/--asym", "symmetric", default=None, help="int: zero fixed in the middle.  [default: asym]"),
+    click.option("--sym/--asym", "symmetric", help="int: zero fixed in the middle.  [default: asym]"),
     click.option("--stat-bits", type=int, help="Bits of scales and zeros, rounded in sets.  [default: fp16; spqr: 3]"),
     click.option("--stat-rows", type=int, help="Rows that make such a set.  [default: 16]"),
     click.option("--double-quant", is_flag=True, help="Scales of nf4, fp4 and fitted in 8 bits, as QLoRA has them."),

@@ -61,6 +61,7 @@ def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> 
     emit({"folder": str(output), "to": to} | report.to_dict(), format_export(output, report), as_json)
 
 
+@defaults_of(api.import_)
 @click.command("import")
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="New .qtm file.")

@@ -17,12 +17,12 @@ from formats.header import Header
 from formats.reader import QtmFile
 from qtool.cli_compress import compress
 from qtool.options import build_recipe
-from qtool.recipe import QuantSpec, Recipe
+from qtool.recipe import QuantSpec, Recipe, Target
 
 DENSE = Loading(format="dense")
 NOT_IN_A_RECIPE = (
     "model", "output", "dry_run", "force", "max_memory", "work_dir", "restart", "log_file", "trust_remote_code",
-    "as_json", "cluster",
+    "as_json", "cluster", "engine",
 )  # fmt: skip
 
 
@@ -121,6 +121,12 @@ def test_a_strangers_header_drives_nothing(tiny_files):
     compile(code, "README.md", "exec")
 
 
+def test_what_was_imported_says_so(tiny_files):
+    card = card_of(tiny_files.compressed("llama"), recipe={"imported": "gptq"})
+    assert "A model, quantized elsewhere, taken over by qtool 0.1.0 and exported in the format `dense`." in card
+    assert "    qtool import DIR -o model.qtm\n" in card
+
+
 def test_a_recipe_of_another_make_has_a_card(tiny_files):
     for recipe in ({}, {"linears": None}, {"linears": {"method": 3}}, {"target": [1]}):
         assert "## Recipe" in card_of(tiny_files.compressed("llama"), recipe=recipe)
@@ -178,6 +184,12 @@ def test_the_command_gives_the_recipe_of_any_options(options):
     if not recipe.n_windows:  # what is not calibrated records no text
         recipe = replace(recipe, calibration=again.calibration)
     assert again == recipe
+
+
+def test_widths_of_an_engine_have_no_command():
+    recipe = Recipe(target=Target(bits=4), widths=(4, 8)).to_dict()
+    assert compress_command(recipe, "MODEL") is None
+    assert compress_command(recipe | {"widths": ()}, "MODEL") is not None
 
 
 def test_every_choice_of_a_recipe_is_in_the_command():

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import qtool
 from formats.export.report import ExportReport
 from qtool.evaluation import DivergenceResult, PerplexityResult
-from qtool.results import Compressed, Estimated, Inspected, TaskScores
+from qtool.results import Compressed, Estimated, Imported, Inspected, TaskScores
 
 assert_type(qtool.compress("m", "m.qtm", bits=4, layers=["down_proj=8"]), Compressed)
 assert_type(qtool.dry_run("m", target_size="90MB"), Estimated)
@@ -23,6 +23,7 @@ assert_type(qtool.evaluate_kl("m.qtm", baseline="m"), DivergenceResult)
 assert_type(qtool.evaluate_tasks("m.qtm", tasks=["arc_easy"]), TaskScores)
 assert_type(qtool.generate("m.qtm", "once").text, str)
 assert_type(qtool.export("m.qtm", "out", to="dense"), ExportReport)
+assert_type(qtool.import_("m-gptq", "m.qtm"), Imported)
 assert_type(qtool.load("m.qtm"), PreTrainedModel)
 assert_type(qtool.load_tokenizer("m.qtm"), PreTrainedTokenizerBase)
 

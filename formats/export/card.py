@@ -47,11 +47,11 @@ def model_card(file: QtmFile, *, title: str, loading: Loading, weights_bytes: in
     losses: what the format could not carry.
     """
     header = file.header
-    base, written_by = _base_model(header), header.provenance.get("qtool")
+    base = _base_model(header)
     parts = [
         _front_matter(header, base, loading.format),
         f"# {_text(title)}",
-        _introduction(base, loading.format, written_by),
+        _introduction(header, base, loading.format),
         "## How to load it",
         _how_to_load(header, title, loading),
         "## Size",
@@ -100,10 +100,12 @@ def _front_matter(header: Header, base: str | None, to: str) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _introduction(base: str | None, to: str, version: Any) -> str:
+def _introduction(header: Header, base: str | None, to: str) -> str:
+    version = header.provenance.get("qtool")
     of = f"[{base}](https://huggingface.co/{base})" if base else "A model"
     by = f"qtool {_text(version)}" if isinstance(version, str) else "qtool"
-    return f"{of}, compressed by {by} and exported in the format `{to}`."
+    done = "quantized elsewhere, taken over" if "imported" in header.recipe else "compressed"
+    return f"{of}, {done} by {by} and exported in the format `{to}`."
 
 
 def _how_to_load(header: Header, title: str, loading: Loading) -> str:
@@ -143,7 +145,8 @@ def _quality(header: Header) -> Iterator[tuple[str, str]]:
 
 
 def _how_it_was_made(header: Header, base: str | None, to: str, *, is_lossy: bool) -> str:
-    command = compress_command(header.recipe, base or "MODEL")
+    is_imported = "imported" in header.recipe
+    command = "qtool import DIR" if is_imported else compress_command(header.recipe, base or "MODEL")
     lines = [] if command is None else [f"    {command} -o model.qtm"]
     lossy = " --lossy" if is_lossy else ""
     lines.append(f"    qtool export model.qtm --to {to}{lossy} -o FOLDER")

@@ -11,7 +11,8 @@ EFFORTS = {6: "fast", 8: "default", 9: "best"}
 
 
 def compress_command(recipe: Mapping[str, Any], model: str) -> str | None:
-    """A `qtool compress` of `model` that has this recipe; None where the recipe is not as qtool writes it.
+    """A `qtool compress` of `model` that has this recipe; None where the recipe is not as qtool writes it, or has the
+    widths of an engine to choose from, which it does not name.
 
     A calibration text is named as the file names it: without its folder.
     """
@@ -24,6 +25,8 @@ def compress_command(recipe: Mapping[str, Any], model: str) -> str | None:
 
 
 def _options(recipe: Mapping[str, Any]) -> Iterator[str]:
+    if recipe.get("widths"):
+        raise ValueError("widths are chosen by --for")
     linears, experts, target = recipe["linears"], recipe["experts"], recipe["target"]
     yield from _linears(linears, is_targeted=target is not None)
     if experts is not None:

@@ -90,7 +90,14 @@ def export_engine(
     config = config_dict(file) | {"dtype": export.dtype, "quantization_config": export.quantization}
     texts = engine.files(export.quantization)
     files = write_folder(
-        file, folder, export.blocks(losses), config, overwrite=overwrite, loading=engine.loading, texts=texts
+        file,
+        folder,
+        export.blocks(losses),
+        config,
+        overwrite=overwrite,
+        loading=engine.loading,
+        losses=losses,
+        texts=texts,
     )
     return ExportReport(files=files, losses=losses)
 
