@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.peers.environments import ROOT, PeerError, interpreter
 from benchmarks.tools import CALIBRATION, Limits, parser, print_table, qtool
+from calibration.corpus import read_text
 from formats.export.gguf import export_gguf
 from formats.reader import QtmFile
 from qtool.importance import measure_importance
@@ -34,9 +35,11 @@ def main() -> None:
         qtool("compress", args.model, "-o", path, *RECIPE, *CALIBRATION, "--calibration", args.calibration)
     protocol = ["--protocol", "llama.cpp", "--seq-len", SEQ_LEN, "--max-windows", args.windows, "--data", args.data]
     ours = qtool("eval", "perplexity", path, *protocol)
+    text = args.work / "interop.txt"  # the very text: ours has documents joined by blank lines
+    text.write_text(read_text(str(args.data), split="test").joined(), encoding="utf-8", newline="")
     for kind in EXPORTS:
         seconds, n_losses, target = export(path, kind, args.work)
-        theirs = llama_cpp(target, args.data, args.windows, args.work)
+        theirs = llama_cpp(target, text, args.windows, args.work)
         if theirs["tokens_sha256"] != ours["tokens_sha256"]:
             limits.at_most(f"{kind}: tokens that differ from ours", 1, 0)
         apart = abs(theirs["perplexity"] / ours["perplexity"] - 1)

@@ -35,7 +35,7 @@ def build_model(
     in_host_memory: blocks that are streamed are read into (on a GPU's machine: pinned) memory now, else when used.
     """
     with refused(f"{file.label}: header: model", "3.4.1"):
-        model = build_skeleton(model_config(file))
+        model = build_skeleton(model_config(file), file.tensors)
         untie(model, file.tensors.keys() & second_names(model))
     builder = _Builder(file, model, sizes, placement, dtype or default_dtype(placement.outside), in_host_memory)
     for entry in file.tensors.values():

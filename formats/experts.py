@@ -7,7 +7,7 @@ stood, its tensors called `<module>.<expert>.<projection>.weight` (and `.bias`),
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -119,10 +119,14 @@ def _linear(fused: Any, shape: torch.Size, bias: bool) -> nn.Linear:
         return nn.Linear(in_features, out_features, bias=bias)
 
 
-def separate_experts(model: nn.Module) -> None:
-    """Put a `SeparateExperts`, on meta, in the place of every fused mixture of `model`; others stay as they are."""
+def separate_experts(model: nn.Module, stored: Container[str] = ()) -> None:
+    """Put a `SeparateExperts`, on meta, in the place of every fused mixture of `model`; others stay as they are.
+
+    stored: names of tensors that there are. A mixture whose fused tensor is one of them stays whole: files had it so
+    before experts were taken apart (SPEC 2.3.3).
+    """
     for name, module in list(model.named_modules()):
-        if _is_fused(module):
+        if _is_fused(module) and f"{name}.down_proj" not in stored:
             model.set_submodule(name, SeparateExperts(module))
 
 

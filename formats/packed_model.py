@@ -70,6 +70,15 @@ def _put_empty(model: PreTrainedModel, name: str, encoding: MatrixEncoding, shap
     return put_section(model, name, section, encoding, shape, dtype)
 
 
+def stored_names(files: Iterable[str]) -> set[str]:
+    """The names of all tensors in these files of safetensors."""
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
 def check_sections(model: PreTrainedModel, names: Iterable[str], files: Iterable[str]) -> None:
     """FormatError unless the files hold every section as its encoding says: a kernel relies on it.
 

@@ -42,9 +42,9 @@ class QtoolQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         from formats.experts import separate_experts
         from formats.listed_experts import separate_listed_experts
-        from formats.packed_model import check_sections, make_room
+        from formats.packed_model import check_sections, make_room, stored_names
 
-        separate_experts(model)
+        separate_experts(model, stored_names(checkpoint_files or ()))
         separate_listed_experts(model)
         names = make_room(model, self.quantization_config.weights, model.config.dtype)
         check_sections(model, names, checkpoint_files or ())

@@ -7,7 +7,7 @@ stores (rotary frequencies, embedding scales) are computed from the config at on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cache
 from typing import Any
 
@@ -51,13 +51,16 @@ def without_references(value: Any) -> Any:
     return {key: without_references(item) for key, item in value.items() if not _REFERENCE.fullmatch(str(key))}
 
 
-def build_skeleton(config: Any) -> PreTrainedModel:
-    """The model of `config` in float32 and eval mode, parameters on meta, derived buffers real, experts taken apart."""
+def build_skeleton(config: Any, stored: Container[str] = ()) -> PreTrainedModel:
+    """The model of `config` in float32 and eval mode, parameters on meta, derived buffers real, experts taken apart.
+
+    stored: names of tensors; those of them that hold all experts of a mixture stay as they are.
+    """
     auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        separate_experts(model)
+        separate_experts(model, stored)
         separate_listed_experts(model)
         model.eval()
         _check_derived_buffers(model)

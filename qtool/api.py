@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = str | PathLike[str]
 """A Hugging Face folder, a hub id, a GGUF or a `.qtm` file."""
 Warn: TypeAlias = Callable[[str], None]
-EXPORTS = ("dense", "transformers", "gptq", "compressed-tensors", "awq")
+EXPORTS = ("dense", "transformers", "gptq", "compressed-tensors", "awq", "gguf")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -292,18 +292,22 @@ def export(
     to: str,
     dtype: str | None = None,
     gptq_version: int | None = None,
+    gguf_type: str | None = None,
+    calibration: str | None = None,
     lossy: bool = False,
     force: bool = False,
 ) -> ExportReport:
     """Write the model in a file in a format that other tools load; what could not be carried comes back by tensor.
 
-    to: one of EXPORTS. Where a format would lose something, nothing is written without `lossy`.
+    to: one of EXPORTS. Where a format would lose something, nothing is written without `lossy`. calibration: the text
+    by which a GGUF's weights are fitted anew.
     """
     from qtool import finished
     from qtool.recipe import one_of
 
     one_of("to", to, EXPORTS)
-    options: dict[str, Any] = {"dtype": dtype, "gptq_version": gptq_version, "lossy": lossy}
+    options: dict[str, Any] = {"dtype": dtype, "gptq_version": gptq_version, "gguf_type": gguf_type}
+    options |= {"calibration": calibration, "lossy": lossy}
     return finished.run_export(Path(file), to, Path(output), overwrite=force, **options)
 
 

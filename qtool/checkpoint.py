@@ -10,7 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Checkpoint(ABC):
     hub_id: str | None = None  # of a model of the hub that was asked for by it
     format: str
     config: Any
+    own_names: Container[str] = ()
+    """Of its tensors, where they are called as the model calls them."""
 
     @abstractmethod
     def bind(self, model: PreTrainedModel) -> None:

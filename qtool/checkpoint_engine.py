@@ -123,7 +123,7 @@ class EngineSource:
 
     def __init__(self, folder: Path, *, assume_v1_zeros: bool = False) -> None:
         self.checkpoint = EngineCheckpoint(folder, assume_v1_zeros=assume_v1_zeros)
-        self.left_dense: dict[str, str] = {}
+        self.decoded: dict[str, str] = {}
         """Parameters that were packed and that no layer of ours holds, and why."""
 
     def layer(self, name: str) -> Layer | None:
@@ -137,14 +137,14 @@ class EngineSource:
         if is_transposed_linear(module):
             shape = shape[::-1]
         if found is None:
-            self.left_dense[name] = "parts that are stored in different ways"
+            self.decoded[name] = "its parts have other groups or bits; stored as float32"
             return None
         if found.codes.shape != shape:
             raise CheckpointError(
                 f"{self.checkpoint.name}: {name} is {list(found.codes.shape)}, the model's config implies {list(shape)}"
             )
         if (obstacle := found.obstacle()) is not None:
-            self.left_dense[name] = obstacle
+            self.decoded[name] = f"{obstacle}; stored as float32"
             return None
         numbers = [rows for _, rows in sources if rows is not None]
         return (_in_order(found, np.concatenate(numbers)) if numbers else found).layer()

@@ -22,6 +22,7 @@ class QtmCheckpoint(Checkpoint):
         self.name = str(path)
         self.file = QtmFile.open(path)
         self.config = model_config(self.file)
+        self.own_names = self.file.tensors
 
     def bind(self, model: PreTrainedModel) -> None:
         """Nothing to learn: tensors are stored under the model's own names."""

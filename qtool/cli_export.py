@@ -17,9 +17,12 @@ from qtool.cli_options import defaults_of, emit, json_option
 @click.option(
     "--to", type=click.Choice(api.EXPORTS), required=True,
     help="dense: a Hugging Face folder of decoded weights; transformers: one as small as FILE, for programs that "
-    "import qtool; gptq, compressed-tensors, awq: one that other engines load.",
+    "import qtool; gptq, compressed-tensors, awq: one that other engines load; gguf: a file for llama.cpp.",
 )  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New folder.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="PATH",
+    help="New folder, or for gguf a new file.",
+)  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of tensors that are not quantized.  [default: what holds them exactly]",
@@ -27,6 +30,14 @@ from qtool.cli_options import defaults_of, emit, json_option
 @click.option(
     "--gptq-version", type=click.Choice(["1", "2"]), callback=lambda context, option, value: value and int(value),
     help="gptq: 1 for readers that know no other; it has no zero of 0.  [default: 2]",
+)  # fmt: skip
+@click.option(
+    "--gguf-type", metavar="TYPE", help="gguf: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k or q6_k of the blocks' linears."
+    "  [default: for each the smallest that holds it]",
+)  # fmt: skip
+@click.option(
+    "--calibration", metavar="SOURCE",
+    help="gguf with --lossy: text that says which inputs matter where weights are fitted anew.  [default: builtin]",
 )  # fmt: skip
 @click.option("--lossy", is_flag=True, help="Round again what the format cannot hold; each tensor's error is told.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -38,6 +49,8 @@ def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> 
     qtool export model.qtm --to dense -o ./decoded
     qtool export model.qtm --to transformers -o ./packed
     qtool export model.qtm --to gptq -o ./model-gptq
+    qtool export model.qtm --to gguf -o model.gguf
+    qtool export model.qtm --to gguf --gguf-type q4_k --lossy -o model-q4_k.gguf
 
     Values are those of FILE, bit for bit, or nothing is written: where a format has no place for something, the
     message says what, and what error --lossy would add. Codes of a width that a format lacks are written in the next.
@@ -50,7 +63,7 @@ def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> 
 
 @defaults_of(api.import_)
 @click.command("import")
-@click.argument("source", metavar="DIR")
+@click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="New .qtm file.")
 @click.option(
     "--assume-v1-zeros", is_flag=True,
@@ -59,13 +72,13 @@ def export(file: Path, output: Path, to: str, as_json: bool, **options: Any) -> 
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @json_option
 def import_(source: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Take over a model that is quantized already, as it is: DIR holds GPTQ, AWQ or compressed-tensors.
+    """Take over a model that is quantized already, as it is: a folder of GPTQ, AWQ or compressed-tensors, or a GGUF.
 
     \b
     qtool import ./model-gptq -o model.qtm
-    qtool import ./model-awq -o model.qtm --json
+    qtool import model-Q4_K_M.gguf -o model.qtm --json
 
-    Codes, scales and zeros are those of DIR. A tensor whose scales or zeros a .qtm file cannot hold is decoded and
+    Codes, scales and zeros are those of SOURCE. A tensor whose scales or zeros a .qtm file cannot hold is decoded and
     stored whole, and listed.
     """
     from qtool.finished import format_import

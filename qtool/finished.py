@@ -53,33 +53,75 @@ def run_export(
     *,
     dtype: str | None = None,
     gptq_version: int | None = None,
+    gguf_type: str | None = None,
+    calibration: str | None = None,
     lossy: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write FILE in the format `to`."""
+    if to in ("transformers", "gguf") and dtype is not None:
+        hint = "give it to from_pretrained, or leave it out" if to == "transformers" else "leave it out"
+        raise ConfigError(f"--dtype {dtype}: is not for --to {to}; {hint}")
+    for option, value, only in (("gptq-version", gptq_version, "gptq"), ("gguf-type", gguf_type, "gguf"),
+                                ("calibration", calibration, "gguf")):  # fmt: skip
+        if value is not None and to != only:
+            raise ConfigError(f"--{option} {value}: is for --to {only}; leave it out")
+    if to in ("dense", "transformers") and lossy:
+        raise ConfigError(f"--lossy: --to {to} holds everything; leave it out")
+    if calibration is not None and not lossy:
+        raise ConfigError(f"--calibration {calibration}: is for what is rounded again; give --lossy too")
+    with QtmFile.open(file) as opened, quiet_transformers():
+        if to == "gguf":
+            return _export_gguf(file, opened, output, gguf_type, calibration, lossy=lossy, overwrite=overwrite)
+        return _export_folder(opened, to, output, dtype, gptq_version, lossy=lossy, overwrite=overwrite)
+
+
+def _export_folder(
+    opened: QtmFile,
+    to: str,
+    output: Path,
+    dtype: str | None,
+    gptq_version: int | None,
+    *,
+    lossy: bool,
+    overwrite: bool,
+) -> ExportReport:
     from formats.export.awq import export_awq
     from formats.export.compressed_tensors import export_compressed_tensors
     from formats.export.dense import export_dense
     from formats.export.gptq import export_gptq
     from formats.export.packed import export_packed
 
-    if to == "transformers" and dtype is not None:
-        raise ConfigError(f"--dtype {dtype}: is not for --to {to}; give it to from_pretrained, or leave it out")
-    if to != "gptq" and gptq_version is not None:
-        raise ConfigError(f"--gptq-version {gptq_version}: is for --to gptq; leave it out")
-    if to in ("dense", "transformers") and lossy:
-        raise ConfigError(f"--lossy: --to {to} holds everything; leave it out")
-    with QtmFile.open(file) as opened, quiet_transformers():
-        if to == "transformers":
-            return export_packed(opened, output, overwrite=overwrite)
-        if to == "dense":
-            return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
-        options: dict[str, Any] = {"dtype": dtype, "lossy": lossy, "overwrite": overwrite}
-        if to == "compressed-tensors":
-            return export_compressed_tensors(opened, output, **options)
-        if to == "awq":
-            return export_awq(opened, output, **options)
-        return export_gptq(opened, output, version=2 if gptq_version is None else gptq_version, **options)
+    if to == "transformers":
+        return export_packed(opened, output, overwrite=overwrite)
+    if to == "dense":
+        return export_dense(opened, output, dtype=dtype or "float32", overwrite=overwrite)
+    options: dict[str, Any] = {"dtype": dtype, "lossy": lossy, "overwrite": overwrite}
+    if to == "compressed-tensors":
+        return export_compressed_tensors(opened, output, **options)
+    if to == "awq":
+        return export_awq(opened, output, **options)
+    return export_gptq(opened, output, version=2 if gptq_version is None else gptq_version, **options)
+
+
+def _export_gguf(
+    file: Path,
+    opened: QtmFile,
+    output: Path,
+    gguf_type: str | None,
+    calibration: str | None,
+    *,
+    lossy: bool,
+    overwrite: bool,
+) -> ExportReport:
+    """What is fitted anew is weighted by what the inputs of its linear are, measured on the file's own blocks."""
+    from formats.export.gguf import export_gguf, inexact
+    from qtool.importance import measure_importance
+
+    importance = None
+    if lossy and inexact(opened, gguf_type):
+        importance = measure_importance(file, source=calibration or "builtin")
+    return export_gguf(opened, output, gguf_type=gguf_type, lossy=lossy, overwrite=overwrite, importance=importance)
 
 
 def format_export(output: Path, report: ExportReport) -> str:
@@ -104,7 +146,7 @@ def run_import(source: str, output: Path, *, assume_v1_zeros: bool, overwrite: b
 def format_import(result: dict[str, Any]) -> str:
     """What became of it, and each layer whose codes our file cannot hold."""
     lines = [f"{result['file']}: {result['bytes']:,} bytes, {result['packed']} quantized tensors as they were"]
-    lines += [f"{name}: decoded to float32, for {reason}" for name, reason in result["left_dense"].items()]
+    lines += [f"{name}: {reason}" for name, reason in result["decoded"].items()]
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ Rows = npt.NDArray[Any]
 class GgufSource:
     """A GGUF file to be imported. Bind `checkpoint` to a skeleton first; then `layer` knows its parameters.
 
-    decoded: of each tensor asked for whose type no encoding holds, what is said of it: it is stored as float32.
+    decoded: of each tensor asked for whose type no encoding holds, why it is decoded.
     """
 
     def __init__(self, path: Path) -> None:

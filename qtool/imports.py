@@ -26,6 +26,9 @@ from qtool.seq2seq import blockwise_model
 class QuantizedSource(Protocol):
     """A quantized model. `checkpoint` reads all of it decoded."""
 
+    decoded: dict[str, str]
+    """Why a quantized tensor is decoded, by the name of each that `layer` was asked for and could not give."""
+
     @property
     def checkpoint(self) -> Checkpoint: ...
 
@@ -40,9 +43,11 @@ def open_quantized(source: str, *, assume_v1_zeros: bool = False) -> QuantizedSo
     """What is behind a path: a folder by its `quant_method`, or a .gguf file."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        raise CheckpointError(f"{source}: a .gguf file; import reads folders")
+        from qtool.import_gguf import open_gguf
+
+        return open_gguf(path)
     if not path.is_dir():
-        raise CheckpointError(f"{source}: no such folder; import reads a model folder or a .gguf file")
+        raise CheckpointError(f"{source}: no such folder or .gguf file; import reads no other")
     from qtool.checkpoint_engine import EngineSource
 
     return EngineSource(path, assume_v1_zeros=assume_v1_zeros)
@@ -75,8 +80,7 @@ def import_model(source: str, output: Path, *, overwrite: bool = False, assume_v
             provenance={**versions(), "source_format": checkpoint.format, "source_files": sources},
             quality={},
         )
-    decoded: dict[str, str] = getattr(opened, "left_dense", {})
-    return Imported(file=output, bytes=output.stat().st_size, packed=n_packed, left_dense=decoded)
+    return Imported(file=output, bytes=output.stat().st_size, packed=n_packed, decoded=opened.decoded)
 
 
 def _by_block(model: BlockwiseModel) -> Iterator[list[str]]:

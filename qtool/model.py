@@ -64,7 +64,7 @@ class BlockwiseModel:
 
     def _build(self) -> PreTrainedModel:
         with error_context(self.checkpoint.name):
-            skeleton = build_skeleton(self.checkpoint.config)
+            skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.own_names)
         self.checkpoint.bind(skeleton)
         return skeleton
 

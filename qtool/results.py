@@ -94,7 +94,7 @@ class Imported(Figures):
     file: Path
     bytes: int
     packed: int  # tensors whose codes are as they were
-    left_dense: dict[str, str]  # why a quantized tensor was decoded, by its name
+    decoded: dict[str, str]  # why a quantized tensor is stored as float32, by its name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from qtool.errors import naming
 from qtool.memory import rss_bytes
 from qtool.plan import TensorPlan
 from qtool.solve import Solved
+
+MAX_NAMED = 1000
+"""Layers that a file names for one reason: DeepSeek-V3 has 30,000, and a header no room for so many names."""
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(slots=True)
@@ -50,10 +54,10 @@ class RunReport:
         """The file's own account of itself."""
         return {
             "mean_relative_error": float(np.mean(list(self.relative_errors.values()) or [0.0])),
-            "harder_damped": self.harder_damped,
-            "dropped_tokens": self.dropped_tokens,
-            "uncalibrated": self.uncalibrated,
-            "rounded": self.rounded,
+            "harder_damped": _told(self.harder_damped, max),
+            "dropped_tokens": _told(self.dropped_tokens, sum),
+            "uncalibrated": list(_told(dict.fromkeys(self.uncalibrated, 0), sum)),
+            "rounded": list(_told(dict.fromkeys(self.rounded, 0), sum)),
         } | ({"experts": self._experts()} if self.experts or self.zeros else {})
 
     def _experts(self) -> dict[str, dict[str, list[Any]]]:
@@ -70,6 +74,17 @@ class RunReport:
             if any(of_one.values())
         }
         return {name: self.experts.get(name, {}) | zeros.get(name, {}) for name in self.experts | zeros}
+
+
+def _told(found: dict[str, Number], joined: Callable[[Iterable[Number]], Number]) -> dict[str, Number]:
+    """By layer; where more are named than a header has room for, the experts' by their mixture."""
+    if len(found) <= MAX_NAMED:
+        return found
+    told: dict[str, list[Number]] = {}
+    for name, value in found.items():
+        part = expert_of(name)
+        told.setdefault(name if part is None else part[0], []).append(value)
+    return {name: joined(values) for name, values in told.items()}
 
 
 def _mean(shares: list[float] | None) -> float | None:

@@ -15,13 +15,18 @@ from tiny import EXPERTS, load_reference
 
 import qtool
 from calibration.capture import HessianCapture
+from formats.encoding import Dense
 from formats.experts import SeparateExperts, fuse_experts, mixtures
 from formats.reader import QtmFile
+from formats.skeleton import build_skeleton
+from formats.tensors import decode_tensor
+from formats.writer import Writer
 from qtool import mixture as mixture_module
 from qtool.checkpoint import open_checkpoint
 from qtool.mixture import Mixture, RoutedTokens
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
+from qtool.runlog import RunReport
 from qtool.states import HiddenStates
 
 SOME = ("--min-expert-tokens", "8")
@@ -325,3 +330,47 @@ def test_linears_behind_the_mixture_are_calibrated_on_what_it_gives(tiny_files, 
     assert late["encoding"] == "uniform" and late["relative_error"] > 0
     options = ("--against", tiny_files.model("gemma4_text"), "--calibration", tiny_files.text)
     assert qtool_json("verify", file, *options)["ok"]
+
+
+def test_spec_2_3_3_a_file_whose_experts_are_one_tensor_is_read(tiny_files, tmp_path):
+    """As files were before experts were taken apart: dense tensors [experts, ...]; so are folders made of them."""
+    apart, fused = tiny_files.compressed("mixtral"), tmp_path / "fused.qtm"
+    model = build_skeleton(open_checkpoint(str(apart)).config)
+    with QtmFile.open(apart) as file, Writer(fused) as writer:
+        names = [name for name in file.tensors if ".experts." in name]
+        whole = fuse_experts(model, {name: decode_tensor(file, file.tensors[name]) for name in names})
+        for name, tensor in whole.items():
+            writer.add_tensor(name, tuple(tensor.shape), Dense("F32"), tensor.numpy())
+        for entry in file.header.tensors:
+            if entry.name not in names:
+                writer.add_tensor(entry.name, entry.shape, entry.encoding, file.section(entry))
+        for name in file.files:
+            writer.add_file(name, file.read_file(name))
+        header = file.header
+        writer.finish(
+            model=header.model, recipe=header.recipe, provenance=header.provenance, quality=header.quality
+        )  # fmt: skip
+    ids = some_ids()
+    with exact_float32():
+        want = qtool.load(apart)(ids).logits
+        torch.testing.assert_close(qtool.load(fused)(ids).logits, want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(blockwise_logits(fused, ids), want, rtol=0, atol=1e-5)
+        for kind in ("dense", "transformers"):
+            assert run_qtool("export", fused, "--to", kind, "-o", tmp_path / kind).exit_code == 0
+            torch.testing.assert_close(load_reference(tmp_path / kind)(ids).logits, want, rtol=0, atol=1e-5)
+    with safe_open(tmp_path / "transformers" / "model.safetensors", framework="pt") as stored:
+        assert "model.layers.0.mlp.experts.down_proj" in stored.keys()  # noqa: SIM118
+    assert run_qtool("verify", fused).exit_code == 0
+
+
+def test_more_layers_than_a_header_has_room_for_are_told_by_mixture():
+    names = [f"m.{n}.experts.{e}.down_proj.weight" for n in range(2) for e in range(600)]
+    report = RunReport(
+        harder_damped={name: i / 8 for i, name in enumerate(names)} | {"m.0.q.weight": 0.5},
+        dropped_tokens=dict.fromkeys(names[:1000], 3),
+        rounded=names,
+    )
+    quality = report.quality()
+    assert quality["harder_damped"] == {"m.0.experts": 599 / 8, "m.1.experts": 1199 / 8, "m.0.q.weight": 0.5}
+    assert quality["dropped_tokens"] == report.dropped_tokens  # these there is room for
+    assert quality["rounded"] == ["m.0.experts", "m.1.experts"] and quality["uncalibrated"] == []

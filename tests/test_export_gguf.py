@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
-from invoke import run_qtool
+from invoke import qtool_json, refusal, run_qtool
 from tiny import SIZES, make_model, silence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import qtool
+from calibration.corpus import calibration_windows
+from formats.encoding import Uniform
 from formats.errors import FormatError
 from formats.export import gguf_tokenizer
 from formats.export.gguf import export_gguf, inexact
@@ -19,7 +22,10 @@ from formats.layer import CodebookLinear
 from formats.reader import QtmFile
 from formats.section import pack
 from formats.skeleton import config_from_dict
+from formats.tensors import decode_tensor
 from formats.writer import Writer
+from qtool import importance as qtool_importance
+from qtool.importance import measure_importance
 
 WHOLE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
 SUPER = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "num_hidden_layers": 1}
@@ -69,7 +75,7 @@ def with_nf4_embedding(path, target):
     return target
 
 
-def refusal(path, target, **options):
+def export_refusal(path, target, **options):
     """The message, which is one line; nothing is left behind."""
     with pytest.raises(FormatError) as caught:
         export(path, target, **options)
@@ -174,7 +180,7 @@ def test_lossy(make, tmp_path, kind):
 
 def test_what_does_not_fit_is_refused(make, tmp_path):
     path = make("llama", WHOLE, "--method", "rtn", "--bits", "4", "--format", "nf4", "--group-size", "32")
-    message = refusal(path, tmp_path / "model.gguf")
+    message = export_refusal(path, tmp_path / "model.gguf")
     assert "14 tensors do not fit GGUF exactly; the worst, model.layers." in message
     assert "(weights are stored as codebook, not in equal steps; now Q5_0" in message
     assert message.endswith("of its energy; --lossy fits them anew")
@@ -185,7 +191,7 @@ def test_what_does_not_fit_is_refused(make, tmp_path):
 
 def test_rows_that_are_no_blocks(make, tmp_path):
     path = make("llama", WHOLE | {"intermediate_size": 80}, *EXACT)
-    assert "(rows of 80 are no whole blocks of 32; now F16)" in refusal(path, tmp_path / "model.gguf")
+    assert "(rows of 80 are no whole blocks of 32; now F16)" in export_refusal(path, tmp_path / "model.gguf")
     export(path, tmp_path / "model.gguf", lossy=True)
     stored = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     assert stored["blk.0.ffn_down.weight"].tensor_type.name == "F16"
@@ -225,11 +231,88 @@ def test_an_embedding_that_does_not_fit(make, tmp_path, lossy):
 )
 def test_unknown_models(make, tmp_path, family, sizes, message):
     path = make(family, sizes if family == "gpt2" else WHOLE | sizes, "--method", "rtn", "--bits", "4")
-    assert message in refusal(path, tmp_path / "model.gguf")
+    assert message in export_refusal(path, tmp_path / "model.gguf")
+
+
+def sentencepiece():
+    """A tokenizer as SentencePiece ones are converted: visible spaces, and bytes for what has no token."""
+    words = [("t", "h"), ("▁", "o"), ("th", "e"), ("n", "e"), ("▁", "the"), ("▁o", "ne"), ("i", "n"), ("in", "g")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁thoneig"]
+    vocab = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in words)])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=words, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def test_sentencepiece(tmp_path):
+    """Merges become scores; what comes back reads text the same way."""
+    tokenizer = sentencepiece()
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "vocab_size": 290}
+    model = make_model("llama", tmp_path / "model", sizes=WHOLE | ids)
+    tokenizer.save_pretrained(model)
+    assert run_qtool("compress", model, "-o", tmp_path / "a.qtm", *EXACT).exit_code == 0
+    export(tmp_path / "a.qtm", tmp_path / "a.gguf")
+    found = keys(tmp_path / "a.gguf")
+    assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    assert [scores[token] for token in ("th", "▁o", "▁the", "<0x41>", "i")] == [0, -1, -4, 0, -10000]
+    types = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
+    assert [types[token] for token in ("<unk>", "<s>", "<0x41>", "th", "[PAD289]")] == [2, 3, 6, 1, 5]
+    loaded = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    for text in ("the one", "nothing, thing é"):
+        assert loaded(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids, text
+
+
+def test_tokenizers_that_gguf_has_no_keys_for(make, tmp_path):
+    backend = sentencepiece().backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(FormatError, match=r"tokenizer with 'Lowercase': llama.cpp has no such step"):
+        gguf_tokenizer.tokenizer_values(PreTrainedTokenizerFast(tokenizer_object=backend), 290, None)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(FormatError, match=r"tokenizer of type 'WordLevel': there is no export to GGUF for it"):
+        gguf_tokenizer.tokenizer_values(PreTrainedTokenizerFast(tokenizer_object=words), 290, None)
+    with pytest.raises(FormatError, match=r"tokenizer: its largest id is 274, the model has 100 embeddings"):
+        gguf_tokenizer.tokenizer_values(sentencepiece(), 100, None)
+
+
+def test_several_ends_and_templates():
+    """A second id that ends a text is that of a turn; templates have names."""
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    found = gguf_tokenizer.tokenizer_values(tokenizer, 290, GenerationConfig(eos_token_id=[2, 7]))
+    assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (2, 7)
+    assert found["tokenizer.chat_template"] == "a" and found["tokenizer.chat_template.tool_use"] == "b"
+    assert found["tokenizer.chat_templates"] == ["tool_use"]
+
+
+def test_importance_is_what_the_blocks_see(make):
+    """The mean square of each input, of the model that transformers runs on the same windows."""
+    path = make("llama", WHOLE, *EXACT)
+    found = measure_importance(path, n_windows=2, seq_len=32)
+    model, seen = qtool.load(path), {}
+
+    def hook(name):
+        return lambda module, inputs: seen.setdefault(name, []).append(inputs[0].detach())
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(hook(f"{name}.weight"))
+    tokenizer = qtool.load_tokenizer(path)
+    windows = calibration_windows(
+        "builtin", lambda text: list(tokenizer(text, verbose=False).input_ids), n_samples=2, seq_len=32, seed=0
+    )
+    model(torch.from_numpy(windows.ids))
+    assert found.keys() == seen.keys() and len(found) == 14
+    for name, (inputs,) in seen.items():
+        want = inputs.reshape(-1, inputs.shape[-1]).square().mean(dim=0)
+        np.testing.assert_allclose(found[name], want.numpy(), rtol=1e-4)
 
 
 def test_unknown_type(make, tmp_path):
-    message = refusal(make("llama", WHOLE, *EXACT), tmp_path / "model.gguf", gguf_type="q3_k")
+    message = export_refusal(make("llama", WHOLE, *EXACT), tmp_path / "model.gguf", gguf_type="q3_k")
     assert message == "gguf_type='q3_k': must be one of q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k"
 
 
@@ -346,3 +429,44 @@ def test_how_text_is_split(steps, ignore_merges, name):
         return
     with pytest.raises(FormatError, match=r"llama.cpp has no name for how it splits text"):
         gguf_tokenizer._split_name(parts)
+
+
+def test_out_and_back_on_the_command_line(make, tmp_path):
+    """`export --to gguf`, `import`: the same codes and scales, and what both say of it."""
+    file, model = make("llama", WHOLE, *EXACT), tmp_path / "model.gguf"
+    printed = qtool_json("export", file, "--to", "gguf", "-o", model)
+    assert printed == {"folder": str(model), "to": "gguf", "files": ["model.gguf"], "losses": []}
+    back = qtool_json("import", model, "-o", tmp_path / "back.qtm")
+    assert back["decoded"] == {}
+    with QtmFile.open(file) as one, QtmFile.open(tmp_path / "back.qtm") as other:
+        assert back["packed"] == sum(isinstance(e.encoding, Uniform) for e in one.tensors.values())
+        for name, entry in one.tensors.items():
+            if isinstance(entry.encoding, Uniform) and entry.encoding.bits == 4:
+                assert pack(one.layer(name)) == pack(other.layer(name)), name
+            assert torch.equal(decode_tensor(one, entry), decode_tensor(other, other.tensors[name])), name
+
+
+def test_what_is_fitted_anew_is_weighted_by_what_the_inputs_are(make, tmp_path, monkeypatch):
+    file, seen = make("llama", SUPER, "--method", "rtn", "--bits", "4"), []
+    real = qtool_importance.measure_importance
+    monkeypatch.setattr(qtool_importance, "measure_importance", lambda *a, **k: seen.append(k) or real(*a, **k))
+    lossy = ("export", file, "--to", "gguf", "--gguf-type", "q4_k", "--lossy", "--calibration", "builtin")
+    printed = qtool_json(*lossy, "-o", tmp_path / "model.gguf")
+    assert seen == [{"source": "builtin"}]
+    assert printed["losses"] and all(0 < loss["error"] < 0.02 for loss in printed["losses"])
+    assert run_qtool("import", tmp_path / "model.gguf", "-o", tmp_path / "back.qtm").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--to", "gguf", "--dtype", "float16"), "--dtype float16: is not for --to gguf; leave it out"),
+        (("--to", "dense", "--gguf-type", "q4_k"), "--gguf-type q4_k: is for --to gguf; leave it out"),
+        (("--to", "awq", "--calibration", "builtin"), "--calibration builtin: is for --to gguf; leave it out"),
+        (("--to", "gguf", "--calibration", "builtin"),
+         "--calibration builtin: is for what is rounded again; give --lossy too"),
+    ],
+)  # fmt: skip
+def test_options_of_another_format(make, tmp_path, options, message):
+    assert refusal("export", make("llama", WHOLE, *EXACT), *options, "-o", tmp_path / "out") == message
+    assert not list(tmp_path.iterdir())

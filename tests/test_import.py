@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from formats.export import folder as export_folder
 from formats.layer import QuantizedLinear
 from formats.reader import QtmFile
+from formats.tensors import decode_tensor
 
 MIXED = ("--layer", "down_proj=8", "--layer", "layers.1.*(q|k|v)_proj=3", "--ignore", "layers.0.*up_proj")
 
@@ -83,7 +84,7 @@ def assert_same(one, other):
 def test_import_of_an_export_has_the_same_numbers(tiny_files, to, family, options, tmp_path):
     file = tiny_files.wide(family, *options)
     result = import_(export(file, to, tmp_path / "out"), tmp_path / "back.qtm")
-    assert result["left_dense"] == {}
+    assert result["decoded"] == {}
     assert_same(file, tmp_path / "back.qtm")
     assert run_qtool("verify", tmp_path / "back.qtm").exit_code == 0
     assert f"taken over as it was ({to})" in run_qtool("inspect", tmp_path / "back.qtm").stdout
@@ -135,12 +136,12 @@ def test_scales_that_fp16_does_not_hold_are_left_dense_and_named(gptq, tmp_path)
 
     edit_tensors(gptq, widen)
     result = import_(gptq, tmp_path / "back.qtm")
-    assert result["left_dense"] == {f"{Q_PROJ}.weight": "scales beyond fp16"}
+    assert result["decoded"] == {f"{Q_PROJ}.weight": "scales beyond fp16; stored as float32"}
     config, tensors = read_folder(gptq)
     with QtmFile.open(tmp_path / "back.qtm") as opened:
         assert np.array_equal(opened.dense(f"{Q_PROJ}.weight"), decode_gptq(config, Q_PROJ, tensors))
     lines = run_qtool("import", gptq, "-o", tmp_path / "again.qtm").stdout
-    assert f"{Q_PROJ}.weight: decoded to float32, for scales beyond fp16" in lines
+    assert f"{Q_PROJ}.weight: scales beyond fp16; stored as float32" in lines
 
 
 def test_scales_in_bf16_that_fp16_holds_are_taken(gptq, tmp_path):
@@ -149,7 +150,7 @@ def test_scales_in_bf16_that_fp16_holds_are_taken(gptq, tmp_path):
         tensors[f"{Q_PROJ}.scales"] = torch.full_like(scales, 0.0625).bfloat16()
 
     edit_tensors(gptq, as_bf16)
-    assert import_(gptq, tmp_path / "back.qtm")["left_dense"] == {}
+    assert import_(gptq, tmp_path / "back.qtm")["decoded"] == {}
     with QtmFile.open(tmp_path / "back.qtm") as opened:
         assert (opened.layer(f"{Q_PROJ}.weight").scales == np.float16(0.0625)).all()
 
@@ -162,7 +163,7 @@ def test_a_zero_of_2_to_the_bits_is_left_dense(gptq, tmp_path):
 
     edit_tensors(gptq, wrap)
     edit_config(gptq, lambda config: config.update(checkpoint_format="gptq"))
-    assert import_(gptq, tmp_path / "back.qtm")["left_dense"][f"{Q_PROJ}.weight"] == "a zero of 16"
+    assert import_(gptq, tmp_path / "back.qtm")["decoded"][f"{Q_PROJ}.weight"] == "a zero of 16; stored as float32"
     config, tensors = read_folder(gptq)
     with QtmFile.open(tmp_path / "back.qtm") as opened:
         assert np.array_equal(opened.dense(f"{Q_PROJ}.weight"), decode_gptq(config, Q_PROJ, tensors))
@@ -268,7 +269,7 @@ def test_what_is_no_quantized_model(tiny_files, tmp_path):
     message = refusal("import", tiny_files.model("llama"), "-o", tmp_path / "back.qtm")
     assert message.endswith("not quantized (no quantization_config); qtool compress is for it")
     message = refusal("import", tmp_path / "nothing", "-o", tmp_path / "back.qtm")
-    assert message == f"{tmp_path / 'nothing'}: no such folder; import reads a model folder or a .gguf file"
+    assert message == f"{tmp_path / 'nothing'}: no such folder or .gguf file; import reads no other"
     shutil.copytree(tiny_files.model("llama"), tmp_path / "claims")
     config = json.loads((tmp_path / "claims/config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -284,3 +285,26 @@ def test_an_output_that_exists(gptq, tmp_path):
     assert message == f"{tmp_path / 'back.qtm'}: exists already; give another --output or --force"
     assert (tmp_path / "back.qtm").read_bytes() == before
     import_(gptq, tmp_path / "back.qtm", "--force")
+
+
+@pytest.mark.parametrize("kind", ["gguf:q4_0", "gguf:q5_1", "gguf:q8_0"])
+def test_a_gguf_file_there_and_back(tiny_files, kind, tmp_path):
+    """Whatever encoding its numbers come back in, they are the same."""
+    file, small = tmp_path / "out.qtm", ("--samples", "4", "--seq-len", "64", "--calibration", tiny_files.text)
+    qtool_json("compress", tiny_files.wide_model("llama"), "-o", file, "--for", kind, *small)
+    report = qtool_json("export", file, "--to", "gguf", "-o", tmp_path / "out.gguf")
+    assert report["losses"] == [] and report["files"] == ["out.gguf"]
+    assert import_(tmp_path / "out.gguf", tmp_path / "back.qtm")["decoded"] == {}
+    with QtmFile.open(file) as one, QtmFile.open(tmp_path / "back.qtm") as other:
+        for name, entry in one.tensors.items():
+            a, b = (decode_tensor(opened, opened.tensors[name]) for opened in (one, other))
+            assert torch.equal(a, b), name
+            assert (entry.encoding.name == "dense") == (other.tensors[name].encoding.name == "dense")
+
+
+def test_gguf_options_go_with_gguf(tiny_files, tmp_path):
+    file = tiny_files.wide("llama", "--sym")
+    message = refusal("export", file, "--to", "gptq", "-o", tmp_path / "out", "--gguf-type", "q8_0")
+    assert message == "--gguf-type q8_0: is for --to gguf; leave it out"
+    message = refusal("export", file, "--to", "gguf", "-o", tmp_path / "out.gguf", "--dtype", "float16")
+    assert message == "--dtype float16: is not for --to gguf; leave it out"

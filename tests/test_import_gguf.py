@@ -6,15 +6,18 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quants
+from invoke import run_qtool
 from tiny import make_model, silence
 from tiny_gguf import write_gguf
 
-from formats.encoding import Affine, Codebook, Uniform
+from formats.encoding import Affine, Codebook, Dense, Uniform
 from formats.errors import FormatError
+from formats.export.gguf import export_gguf
 from formats.ggml.exact import exact
 from formats.ggml.fit import fit
 from formats.ggml.layers import layer_of
 from formats.layer import AffineLinear, CodebookLinear, QuantizedLinear
+from formats.reader import QtmFile
 from formats.section import pack
 from formats.section import unpack as unpack_section
 from formats.skeleton import build_skeleton
@@ -171,6 +174,25 @@ def test_round_trip_of_what_came_in(kind):
     out = exact(layer)
     assert out.kind == kind and np.array_equal(out.pack(), blocks.pack())
     assert np.array_equal(layer.dequantize(), dequantize(blocks.pack(), GGMLQuantizationType[kind]))
+
+
+@pytest.mark.parametrize("options", [("--bits", "4", "--sym"), ("--bits", "3", "--sym"), ("--bits", "8", "--sym")])
+def test_round_trip_of_a_model(model, tmp_path, options):
+    """What was exported comes in with the same codes and scales, rows in their order; what is dense with its values."""
+    path, target = tmp_path / "a.qtm", tmp_path / "a.gguf"
+    made = run_qtool("compress", model, "-o", path, "--method", "rtn", "--group-size", "64", *options)
+    assert made.exit_code == 0, made.output
+    with QtmFile.open(path) as file:
+        assert export_gguf(file, target).losses == []
+        source, skeleton = opened(target)
+        for name, entry in file.tensors.items():
+            layer = source.layer(name)
+            if isinstance(entry.encoding, Dense):
+                assert layer is None and np.array_equal(loaded(source, skeleton, name), file.dense(name))
+                continue
+            want = file.layer(name)
+            assert (layer.bits, layer.group_size, layer.symmetric) == (want.bits, want.group_size, True), name
+            assert np.array_equal(layer.codes, want.codes) and np.array_equal(layer.scales, want.scales), name
 
 
 def test_round_trip_of_levels():

@@ -34,7 +34,8 @@ def main() -> None:
         wanted = logits[np.arange(len(logits)), window[first + 1 :]]
         total += float((np.log(np.exp(logits).sum(axis=1)) - wanted).sum())
         scored += len(logits)
-    digest = hashlib.sha256(np.array(tokens[: windows * seq_len], "<i8").tobytes()).hexdigest()
+    ids = np.array(tokens[: windows * seq_len], "<i4")
+    digest = hashlib.sha256(np.array(ids.shape, "<i4").tobytes() + ids.tobytes()).hexdigest()  # as ours is
     print(json.dumps({"perplexity": float(np.exp(total / scored)), "tokens": scored, "tokens_sha256": digest}))
 
 

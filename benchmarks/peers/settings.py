@@ -23,6 +23,10 @@ PACKAGES = {
     "llama_cpp_engine": ("llama-cpp-python==0.3.36", "numpy==2.4.6"),  # there is no wheel: it is built
     "hqq": ("hqq==0.2.8.post1", "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "numpy==2.4.6"),
     "auto_round": ("auto-round==0.16.1", "torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6"),
+    "gptq_engine": (*("gptqmodel==7.6.0", "optimum==2.3.0", "torch==2.13.0", "transformers==5.23.0", "numpy==2.2.6"),),
+    "compressed_tensors_engine": (
+        *("compressed-tensors==0.20.0", "accelerate==1.15.0", "torch==2.13.0", "transformers==5.23.0"),
+    ),
     "gptqmodel": ("gptqmodel==7.6.0", "torch==2.13.0", "transformers==5.23.0", "numpy==2.2.6"),
 }
 

@@ -36,7 +36,7 @@ def _options(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield from _given("percdamp", linears["percdamp"])  # where experts have another, none was given
     if target is not None:
         size = target["size_bytes"]
-        yield from ("--target-size", str(size)) if size else ("--target-bits", f"{target['bits']:g}")
+        yield from ("--target-size", str(size)) if size else ("--target-bits", str(target["bits"]))
     if recipe["embeddings"]:
         yield from ("--embeddings", str(recipe["embeddings"]))
     for name in ("fused", "independent"):
@@ -61,6 +61,7 @@ def _linears(spec: Mapping[str, Any], *, is_targeted: bool) -> Iterator[str]:
     yield from ("--format", spec["format"])
     if spec["format"] == "ternary":
         yield from _ternary_grid(spec)
+        yield from (_switch(name, True) for name in ("act_order", "input_scales") if spec[name])
         return
     if not is_targeted:
         yield from _given("bits", spec["bits"])
@@ -83,9 +84,9 @@ def _linears(spec: Mapping[str, Any], *, is_targeted: bool) -> Iterator[str]:
 def _outliers(spec: Mapping[str, Any]) -> Iterator[str]:
     if spec["outliers"]:
         yield from _given("outliers", spec["outliers"])
-    elif spec["outlier_threshold"] or (
-        spec["format"] == "trellis" and spec["method"] == "gptq" and not spec["outliers_pay"]
-    ):
+    by_default = spec["format"] == "trellis" and spec["method"] == "gptq"  # unless a share or a threshold is given
+    is_off = by_default and not (spec["outliers"] or spec["outliers_pay"])
+    if spec["outlier_threshold"] or is_off:
         yield from _given("outlier_threshold", spec["outlier_threshold"])
 
 

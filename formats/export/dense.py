@@ -31,7 +31,7 @@ def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwri
 
 def _decoded(file: QtmFile, dtype: torch.dtype) -> Iterator[Tensors]:
     """The tensors of each block, under the names that checkpoints use."""
-    model = build_skeleton(model_config(file))
+    model = build_skeleton(model_config(file), file.tensors)
     for names in names_by_block(file):
         tensors = {name: decode_tensor(file, file.tensors[name]).to(dtype) for name in names}
         # transformers fuses some tensors on loading; on disk they have their published names.

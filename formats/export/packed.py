@@ -27,7 +27,7 @@ LOADING = Loading(format="transformers", packages=("qtool",), imports="qtool")
 
 def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> ExportReport:
     """Write the folder: sections as tensors of bytes, the rest as it is stored."""
-    model = build_skeleton(model_config(file))
+    model = build_skeleton(model_config(file), file.tensors)
     packed = {name: entry for name, entry in file.tensors.items() if _is_packed(file, model, entry)}
     for first, *others in parameter_names(model).values():
         for name in others:
