@@ -88,6 +88,9 @@ class Checkpoint(ABC):
             tensor = find_tensor(model, name).requires_grad_(False)  # transformers makes it one that is to be trained
             if tensor.shape != shape:
                 raise CheckpointError(_wrong_shape(self.name, name, tensor.shape, shape))
+            if tensor.is_meta and name in (model._keys_to_ignore_on_save or ()):
+                kind = model.config.model_type
+                raise CheckpointError(f"{self.name}: models of type {kind!r} are not supported: they compute {name}")
             if tensor.is_meta:
                 raise CheckpointError(
                     f"{self.name}: tensor {name} is missing from the weights; download the model again"

@@ -17,6 +17,7 @@ from qtool.checkpoint_qtm import QtmCheckpoint
 from qtool.errors import CheckpointError
 from qtool.model import BlockwiseModel
 from qtool.numerics import release_free_memory
+from qtool.seq2seq import blockwise_model
 
 WINDOWS, SEQ_LEN = 4, 256
 """Enough for a diagonal: its largest entries are a hundred times the mean, and the same few in any text."""
@@ -31,7 +32,7 @@ def measure_importance(
     source: text as `--calibration` names it. An expert that no token reaches is left out.
     """
     checkpoint = QtmCheckpoint(path)
-    model, tokenizer = BlockwiseModel(checkpoint), checkpoint.tokenizer()
+    model, tokenizer = blockwise_model(checkpoint), checkpoint.tokenizer()
     windows = calibration_windows(
         source,
         lambda text: list(tokenizer(text, verbose=False).input_ids),

@@ -324,17 +324,28 @@ def test_predictions_kept_of_other_halves_are_refused(tiny_files, tmp_path):
     assert "its number of tokens for an encoder is 8, this run's is None; it is of another model" in message
 
 
-def test_encoder_decoders_of_another_make_are_refused_by_their_type(tmp_path):
-    """Longformer's encoder pads what it reads."""
-    sizes = {
-        f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
-    }
-    config = AutoConfig.for_model("led", vocab_size=260, decoder_start_token_id=2, d_model=16, **sizes)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "led",
+            "encoder-decoders of type 'led' are not supported: its blocks do not read states of one width, one for",
+        ),
+        ("marian", "models of type 'marian' are not supported: they compute model.decoder.embed_positions.weight"),
+    ],
+)
+def test_encoder_decoders_of_another_make_are_refused_by_their_type(tmp_path, kind, message):
+    """Longformer's encoder pads what it reads; Marian's positions are stored nowhere."""
+    parts = ("layers", "attention_heads", "ffn_dim")
+    sizes = {f"{stack}_{part}": 2 for stack in ("encoder", "decoder") for part in parts}
+    tokens = {"vocab_size": 260, "decoder_start_token_id": 2, "pad_token_id": 1}
+    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, d_model=16, **tokens, **sizes)).save_pretrained(
+        tmp_path
+    )
     model = blockwise_model(open_checkpoint(str(tmp_path)))
-    with model.outside(head=False), pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError) as refused, model.outside(head=False):
         model.embed(some_ids()[:, :20])
-    assert str(refused.value).startswith(f"{tmp_path}: encoder-decoders of type 'led' are not supported: ")
+    assert str(refused.value).startswith(f"{tmp_path}: {message}")
 
 
 def test_an_encoder_of_something_else_than_text_is_refused_by_its_type(tmp_path, tiny_files):
