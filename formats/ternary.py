@@ -140,13 +140,12 @@ def fitted_frequencies(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.ui
 
     counts: [243] i64, not all zero. In integers, so that the same values give the same bytes everywhere.
     """
-    total = int(counts.sum())
-    shares = [count * SLOTS for count in counts.tolist()]
-    found = [max(1, share // total) if share else 0 for share in shares]
-    by_rest = sorted((s for s in range(N_SYMBOLS) if shares[s]), key=lambda s: (-(shares[s] % total), s))
-    for i in range(SLOTS - sum(found)):
-        found[by_rest[i % len(by_rest)]] += 1
-    for _ in range(sum(found) - SLOTS):  # where many rare symbols were given 1
-        found[found.index(max(found))] -= 1
-    sixteenths = sum(n * _sixteenths(f) for n, f in zip(counts.tolist(), found, strict=True) if n)
-    return np.array(found, np.uint16), sixteenths // 16
+    shares, total = counts * SLOTS, int(counts.sum())
+    found = np.where(counts > 0, np.maximum(shares // total, 1), 0)
+    missing = SLOTS - int(found.sum())
+    if missing > 0:  # less than one for each that occurs: to those that were rounded down the most
+        found[np.argsort(-(shares % total), kind="stable")[:missing]] += 1
+    for _ in range(-missing):  # where many rare symbols were given 1
+        found[found.argmax()] -= 1
+    sixteenths = sum(n * _sixteenths(f) for n, f in zip(counts.tolist(), found.tolist(), strict=True) if n)
+    return found.astype(np.uint16), sixteenths // 16

@@ -10,22 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
+from formats.encoding.ternary_dict import TernaryDict
 from formats.encoding.ternary_rans import SEGMENT_INPUTS, TernaryRans
 from formats.header import TensorEntry
 from formats.layer import SparseOutliers, TernaryLinear
-from formats.layer.ternary import CODINGS
 from qtool.grid import Grid, fit_ranges, full_range, search_range, weighted_error
 
 SHRINK_MIN = 0.2
 """Of a row's range: the best level of normal weights is 1.2 standard deviations, the largest of thousands 4."""
 FEW_ZEROS = 0.8
 """Below this share of zeros, no coding of ternary values gets below one bit (entropy 0.92 bits, and rows' own data)."""
+CLEARLY = 1.05
+"""Where a sample says that a dictionary takes so many times the bytes of the other coding, it is not made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +54,21 @@ class TernaryGrid(Grid):
         input_scales: np.ndarray | None,
         outliers: SparseOutliers | None,
     ) -> TernaryLinear:
+        from formats.kernels.ternary import foretold_dict  # brings in a compiler
+
         assert outliers is None
         scales = torch.cat([self.low, self.high]).T.numpy().astype(np.float16)
         ternary = codes.astype(np.int8) - np.int8(1)
-        made = [
-            TernaryLinear(codes=ternary, scales=scales, input_scales=input_scales, coding=coding) for coding in CODINGS
-        ]
-        return min(made, key=lambda layer: layer.encoding.section_bytes(layer.shape))
+        make = partial(TernaryLinear, codes=ternary, scales=scales, input_scales=input_scales)
+        by_rans = make(coding=TernaryRans.name)
+        foretold = TernaryDict(input_scales=input_scales is not None, **foretold_dict(ternary))
+        if foretold.section_bytes(by_rans.shape) > CLEARLY * _bytes(by_rans):
+            return by_rans
+        return min(by_rans, make(coding=TernaryDict.name), key=_bytes)
+
+
+def _bytes(layer: TernaryLinear) -> int:
+    return layer.encoding.section_bytes(layer.shape)
 
 
 def fit_ternary(weight: Tensor, *, input_scales: Tensor | None = None, hessian: Tensor | None = None) -> TernaryGrid:

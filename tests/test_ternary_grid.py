@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from formats.layer import TernaryLinear
 from qtool.fit import fit_grid
 from qtool.gptq import factorize, gptq_quantize, rtn_quantize
 from qtool.recipe import QuantSpec
-from qtool.ternary import share_of_zeros
+from qtool.ternary import TernaryGrid, share_of_zeros
 
 MINMAX = QuantSpec(
     format="ternary", bits=2, group_size=-1, percdamp=0.1, act_order=False, scale_search=False, input_scales=False
@@ -77,6 +79,20 @@ def test_a_wide_layer_takes_less_than_a_bit_all_counted():
     weight = torch.randn(256, 4096, generator=torch.Generator().manual_seed(1))
     layer = rtn_quantize(weight, ROUNDED).layer
     assert 8 * layer.encoding.section_bytes(layer.shape) / weight.numel() < 0.6  # entropy 0.45 at 92.6 % zeros
+
+
+@pytest.mark.parametrize(("shape", "coding"), [((8, 64), "ternary_dict"), ((256, 2048), "ternary_rans")])
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 0.99, 1.0])
+def test_the_smaller_coding_is_taken(shape, coding, zeros):
+    """For a few values a table of frequencies is too much; whatever a sample foretells, the other is never smaller."""
+    generator = np.random.default_rng(0)
+    codes = generator.choice(np.array([0, 1, 2], np.uint8), shape, p=[(1 - zeros) / 2, zeros, (1 - zeros) / 2])
+    grid = TernaryGrid(-torch.ones(1, shape[0]), torch.ones(1, shape[0]))
+    layer = grid.layer(codes, shape[1], None, None)
+    other = dataclasses.replace(layer, coding=({"ternary_dict", "ternary_rans"} - {layer.coding}).pop())
+    sizes = [made.encoding.section_bytes(shape) for made in (layer, other)]
+    assert sizes == sorted(sizes)
+    assert layer.coding == coding or zeros == 1.0
 
 
 @pytest.mark.parametrize("options", [("--method", "ternary"), ("--bits", "0.8"), ("--expert-format", "ternary")])

@@ -16,7 +16,7 @@ from formats.kernels import ternary_dict, ternary_rans
 from formats.ternary import fitted_frequencies, longer_phrases, phrases, symbol_digits
 
 I8 = npt.NDArray[np.int8]
-SAMPLE_VALUES = 1 << 15
+SAMPLE_VALUES = 1 << 14
 USUAL_SHARES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 48, 54, 61, 68, 76, 85)
 """Of -1 and of +1, in 256: a table takes half a megabyte and some time to make, and a file has few (SPEC 7.15.6)."""
 WIDER = 4
@@ -45,12 +45,27 @@ def encode_dict(codes: I8) -> Stream:
 
 def choose_shares(codes: I8) -> tuple[int, int]:
     """The shares (in 256) of -1 and +1, alike, of those that were tried."""
-    nonzero = int(np.count_nonzero(codes))
-    likely = int(np.searchsorted(USUAL_SHARES, SHARES * nonzero / (2 * codes.size)))
-    sample = codes[:: max(1, codes.size // SAMPLE_VALUES)]
+    likely, sample = _likely_share(codes), _sample(codes)
     tried = USUAL_SHARES[max(0, likely - 1) : likely + WIDER]
     best = min(tried, key=lambda share: len(codewords_of(sample, share, share)[0]))
     return best, best
+
+
+def foretold_dict(codes: I8) -> Mapping[str, int]:
+    """About the fields that `encode_dict` comes to, by a sample and one dictionary: some percent more codewords."""
+    sample = _sample(codes)
+    share = USUAL_SHARES[min(_likely_share(codes) + 1, len(USUAL_SHARES) - 1)]
+    n = len(codewords_of(sample, share, share)[0]) * codes.size // sample.size
+    return {"share_low": share, "share_high": share, "codewords": n}
+
+
+def _likely_share(codes: I8) -> int:
+    """The place among the usual ones of the share that the values have."""
+    return int(np.searchsorted(USUAL_SHARES, SHARES * int(np.count_nonzero(codes)) / (2 * codes.size)))
+
+
+def _sample(codes: I8) -> I8:
+    return codes[:: max(1, codes.size // SAMPLE_VALUES)]
 
 
 def codewords_of(codes: I8, low: int, high: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
