@@ -22,7 +22,7 @@ from formats.export.report import ExportReport, Loss
 from formats.ggml.exact import SMALLEST_FIRST, NotWhole, exact
 from formats.ggml.file import TensorInfo, Value, check_free, write_gguf
 from formats.ggml.fit import fit
-from formats.ggml.types import BLOCK, TYPES
+from formats.ggml.types import SUPER_BLOCK, TYPES
 from formats.header import TensorEntry
 from formats.reader import QtmFile
 from formats.tensors import decode_tensor
@@ -61,10 +61,11 @@ def export_gguf(
     """
     check_free(target, overwrite=overwrite)
     export = _Export(file, gguf_type, importance or {})
+    values = export.model.values() | export.tokenizer()
     plan = [export.plan(entry, lossy=lossy) for entry in file.tensors.values()]
     if not lossy:
         export.refuse_loss(plan)
-    values = _general(export.model.architecture.name, target, plan) | export.model.values() | export.tokenizer()
+    values = _general(export.model.architecture.name, target, plan) | values
     extra = export.model.extra_tensors()
     infos = [TensorInfo(name, array.shape, TYPES["F32"]) for name, array in extra.items()]
     losses: list[Loss] = []
@@ -114,18 +115,18 @@ class _Export:
             if isinstance(entry.encoding, Dense):
                 return make("F32" if len(entry.shape) < 2 else entry.encoding.dtype)
             is_inside = self._lists.number(entry.name) is not None
-            wanted = self._wanted(entry) if is_inside else None
-            kinds = [wanted] if wanted else SMALLEST_FIRST
+            wanted = self.requested if is_inside else None
+            kinds = [_fallback(wanted, entry.shape[1])] if wanted else SMALLEST_FIRST
             try:
                 return make(exact(self.file.layer(entry.name), kinds).kind)
             except NotWhole as why:
                 reason = str(why)
             if is_inside:
-                return make(wanted or _nearest_kind(entry), reason)
+                return make(*_fitted(wanted or _nearest_kind(entry), entry.shape[1], reason))
             values = decode_tensor(self.file, entry).numpy()
             if (values.astype(np.float16) == values).all():
                 return make("F16")
-            return make("F16", reason) if lossy else make("F32")
+            return make("F16", f"{reason}; now F16") if lossy else make("F32")
 
     def encode(self, planned: Planned) -> tuple[Array, Loss | None]:
         """The bytes of a tensor, and what they lose."""
@@ -157,12 +158,6 @@ class _Export:
         is_inside = self._lists.number(entry.name) is not None
         return Planned(entry=entry, info=info, in_block=is_inside, reason=reason)
 
-    def _wanted(self, entry: TensorEntry) -> str | None:
-        """The type that was asked for, or what rows of another length fall back to."""
-        if self.requested is None:
-            return None
-        return _fallback(self.requested, entry.shape[1])
-
     def _in_order(self, entry: TensorEntry, rows: Array) -> Array:
         order = self.model.row_order(entry.name, len(rows))
         return np.ascontiguousarray(rows if order is None else rows[order])
@@ -178,8 +173,16 @@ def _fallback(kind: str, n_inputs: int) -> str:
 def _nearest_kind(entry: TensorEntry) -> str:
     """The least type whose codes have as many bits at least."""
     bits = entry.encoding.describe(entry.shape).bits
-    kind = next((kind for kind, of_kind in (("Q4_K", 4), ("Q5_K", 5), ("Q6_K", 6)) if bits <= of_kind), "Q8_0")
-    return _fallback(kind, entry.shape[1])
+    return next((kind for kind, of_kind in (("Q4_K", 4), ("Q5_K", 5), ("Q6_K", 6)) if bits <= of_kind), "Q8_0")
+
+
+def _fitted(wanted: str, n_inputs: int, reason: str) -> tuple[str, str]:
+    """The type that rows of this length can have, and why they have it."""
+    kind = _fallback(wanted, n_inputs)
+    told = f"{reason}; now {kind}"
+    if kind != wanted and kind != "F16":
+        told += f", as rows of {n_inputs} are no whole super-blocks of {SUPER_BLOCK}"
+    return kind, told
 
 
 def _stored(values: Array, kind: str) -> Array:
@@ -192,12 +195,7 @@ def _stored(values: Array, kind: str) -> Array:
 def _loss(planned: Planned, weight: Array, stored: Array) -> Loss:
     energy = float(np.square(weight, dtype=np.float64).sum())
     error = float(np.square(weight - stored, dtype=np.float64).sum()) / energy if energy else 0.0
-    kind = planned.info.kind
-    length = planned.info.shape[-1]
-    reason = f"{planned.reason}; now {kind.name}"
-    if kind.weights == BLOCK and length % 256:
-        reason += f", as rows of {length} are no whole super-blocks of 256"
-    return Loss(name=planned.entry.name, reason=reason, error=error)
+    return Loss(name=planned.entry.name, reason=planned.reason or "", error=error)
 
 
 def _general(architecture: str, target: Path, plan: Sequence[Planned]) -> dict[str, Value]:

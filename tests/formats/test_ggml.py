@@ -1,10 +1,22 @@
 """Blocks of ggml, byte for byte: known answers by hand, then the `gguf` package as the oracle for any bytes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from format_samples import make_layer
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_samples import (
+    make_affine,
+    make_codebook,
+    make_int8,
+    make_spqr,
+    make_ternary,
+    make_trellis,
+    with_outliers,
+)
 
 from formats.ggml import k_blocks
 from formats.ggml.blocks import FORMS, Blocks, unpack
@@ -179,3 +191,37 @@ def test_pieces_make_one(monkeypatch):
     for kind, rows in zip(("Q4_K", "Q6_K", "Q5_1"), whole, strict=True):
         assert np.array_equal(fit(weight, kind).pack(), rows)
     assert k_blocks.SUPER_BLOCK == 256
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (make_layer(4, 80, 4, 16, symmetric=True), "rows of 80 are no whole blocks of 32"),
+        (make_layer(4, 96, 4, 16, symmetric=True), "groups of 16 are no whole blocks of 32"),
+        (make_layer(4, 96, 4, 48, symmetric=True), "groups of 48 are no whole blocks of 32"),
+        (make_layer(4, 64, 4, 32, symmetric=True, scaled=True), "inputs have scales"),
+        (with_outliers(make_layer(4, 64, 4, 32), every=60), "4 outliers stand beside the codes"),
+        (make_spqr(4, 64, 3, 32), "scales are in two levels"),
+        (make_int8(3, 64), "2 inputs are kept in 16 bits"),
+        (make_codebook(3, 64, 4, 32), "weights are stored as codebook, not in equal steps"),
+        (make_trellis(70, 64, 3, 32), "weights are stored as trellis, not in equal steps"),
+        (make_ternary(5, 64), "weights are stored as ternary_dict, not in equal steps"),
+        (make_affine(5, 64, 6, 32), "weights are stored as affine, not in equal steps"),
+        (make_affine(5, 64, 4, 16), "weights are stored as affine, not in equal steps"),
+        (make_affine(2, 512, 4, 32, False, 6, 4), "weights are stored as affine, not in equal steps"),
+    ],
+)
+def test_why_a_layer_does_not_fit(layer, reason):
+    with pytest.raises(NotWhole, match=f"^{reason}$"):
+        exact(layer)
+
+
+def test_one_group_a_row_and_factors_of_one():
+    """Groups need not be whole blocks where there is only one, and factors that are all 1 change nothing."""
+    layer = make_layer(4, 96, 4, 96, symmetric=True, scaled=True)
+    layer = replace(layer, input_scales=np.ones(96, np.float16))
+    assert np.array_equal(exact(layer).values(), layer.dequantize())
+    with pytest.raises(NotWhole, match=r"^scales of 16 bits are none of Q4_K$"):
+        exact(layer, ["Q4_K"])
+    with pytest.raises(NotWhole, match=r"^steps from -?\d+ to \d+ do not fit Q4_0$"):
+        exact(replace(layer, bits=8, codes=layer.codes * np.uint8(17)), ["Q4_0"])
