@@ -29,7 +29,7 @@ WIDE_LOADS = re.compile(r"(LDG|LDGSTS)\..*128")
 TENSOR_CORES = re.compile(r"[A-Z]*MMA\b")
 FROM_GLOBAL = re.compile(r"(LDG|LDGSTS)\.")
 NARROW_STORES = re.compile(r"STS\.U(8|16)\b")
-ATOMICS = re.compile(r"(ATOM[GS]?|RED|REDG)\b")
+ATOMICS = re.compile(r"(ATOMG?|REDG?)\b")  # in global memory; those of shared memory give out room for results
 INSTRUCTIONS_OF_A_LOAD = 5
 LOCAL_MEMORY = re.compile(r"(LDL|STL)\b")
 

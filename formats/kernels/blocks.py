@@ -65,7 +65,8 @@ def _tile(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
     inputs = TILE_WEIGHTS // outputs
     if layout.scales == TWO_LEVEL and tokens > LEAST_OF_TENSOR_CORES:
         inputs //= 2  # statistics of its groups take registers, and room in shared memory
-    return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, 8 if tokens >= 64 else 4, 3), programs)
+    stages = 2 if layout.scales == TWO_LEVEL and tokens == MOST_TOKENS else 3  # 3 spill on Blackwell
+    return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, 8 if tokens >= 64 else 4, stages), programs)
 
 
 def _split(layout: Layout, n_outputs: int, blocks: Blocks, programs: int) -> Blocks:
