@@ -34,7 +34,8 @@ _method_options = _options(
     ),
     click.option(
         "--bits", type=float,
-        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary.  [default: 4]",
+        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary, with a word "
+        "if experts take more.  [default: 4]",
     ),
     click.option(
         "--method", show_default=True, metavar="[gptq|spqr|rtn|int8|ternary]",

@@ -58,6 +58,7 @@ class Request:
             max_memory_bytes=None if memory is None else parse_size(memory, "--max-memory"),
             log_file=None if log_file is None else Path(log_file),
             cluster=rest.pop("cluster"),
+            wanted_bits=rest["bits"] if (rest["bits"] or 1) < 1 else None,
         )
         engine, rest["number_format"] = rest.pop("engine"), rest.pop("format")
         if engine is not None:

@@ -22,7 +22,7 @@ from qtool.recipe import Recipe, RunOptions
 from qtool.run import Run
 from qtool.runlog import RunLog, RunReport
 from qtool.solve import Here
-from qtool.ternary import zeros_warning
+from qtool.ternary import bits_warning, zeros_warning
 
 
 def compress(
@@ -72,8 +72,10 @@ def compress(
                 writer.finish(**header_members(job.model, recipe, windows, job.sources, quality))
         report = RunReport.whole(journal.reports)
     entries = {entry.name: entry for entry in journal.entries}
-    if line := zeros_warning([(entries[name], share) for name, share in report.zeros.items()]):
-        warn(line)
+    ternary = [(entries[name], share) for name, share in report.zeros.items()]
+    for line in (zeros_warning(ternary), options.wanted_bits and bits_warning(ternary, options.wanted_bits)):
+        if line:
+            warn(line)
     report.seconds = time.perf_counter() - started
     return report
 

@@ -239,4 +239,5 @@ class RunOptions:
     restart: bool = False  # drop what an earlier run left in the work folder
     max_memory_bytes: int | None = None  # resident set that the run keeps to, or refuses to start
     log_file: Path | None = None
+    wanted_bits: float | None = None  # what ternary experts are to take at most, or the run says that they take more
     cluster: str | None = None  # address of a Ray cluster whose workers solve the layers, or "local"

@@ -190,7 +190,9 @@ def _tensor_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.2e}"
-        cells = f"{row['encoding']:12}  {row['bits']:>4}  {row['group_size'] or '-':>5}  {row['outliers'] or '-':>8}"
+        # Of ternary values, what their streams take: a whole number would say 1 of any of them.
+        bits = f"{8 * row['bytes'] / math.prod(row['shape']):.2f}" if "ternary" in row["encoding"] else row["bits"]
+        cells = f"{row['encoding']:12}  {bits:>4}  {row['group_size'] or '-':>5}  {row['outliers'] or '-':>8}"
         lines.append(f"{row['name']:{width}}  {shape:>16}  {cells}  {row['bytes']:>12,}  {error}".rstrip())
     return lines
 

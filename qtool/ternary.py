@@ -22,6 +22,7 @@ from formats.encoding.ternary_rans import SEGMENT_INPUTS, TernaryRans
 from formats.header import TensorEntry
 from formats.layer import SparseOutliers, TernaryLinear
 from qtool.grid import Grid, fit_ranges, full_range, search_range, weighted_error
+from qtool.sizes import bits_per_weight
 
 SHRINK_MIN = 0.2
 """Of a row's range: the best level of normal weights is 1.2 standard deviations, the largest of thousands 4."""
@@ -105,14 +106,30 @@ def planned_ternary(shape: Shape, *, input_scales: bool) -> MatrixEncoding:
     return TernaryRans(segment=segment, words=words, input_scales=input_scales)
 
 
+def bits_warning(layers: Sequence[tuple[TensorEntry, float]], wanted: float) -> str | None:
+    """What to tell of ternary layers and their shares of zeros where all together take more than `wanted` bits."""
+    bits, zeros = _average(layers) if layers else (0.0, 0.0)
+    if bits <= wanted:
+        return None
+    return (
+        f"--bits {wanted:g}: ternary layers take {bits:.3f} bits a weight: {zeros:.1%} of them are zero, and that "
+        "alone decides; --ternary-grid minmax leaves the most"
+    )
+
+
+def _average(layers: Sequence[tuple[TensorEntry, float]]) -> tuple[float, float]:
+    """(bits a weight, all that is stored counted; share of zeros)"""
+    weights = sum(math.prod(entry.shape) for entry, _ in layers)
+    bits = bits_per_weight((entry.encoding, entry.shape) for entry, _ in layers)
+    return bits, sum(zeros * math.prod(entry.shape) for entry, zeros in layers) / weights
+
+
 def zeros_warning(layers: Sequence[tuple[TensorEntry, float]]) -> str | None:
     """What to tell of layers and their shares of zeros, where some have too few."""
     few = [(entry, zeros) for entry, zeros in layers if zeros < FEW_ZEROS]
     if not few:
         return None
-    weights = sum(math.prod(entry.shape) for entry, _ in few)
-    bits = 8 * sum(entry.encoding.section_bytes(entry.shape) for entry, _ in few) / weights
-    share = sum(zeros * math.prod(entry.shape) for entry, zeros in few) / weights
+    bits, share = _average(few)
     return (
         f"{len(few)} of {len(layers)} ternary layers have fewer than {FEW_ZEROS:.0%} zeros ({share:.0%} on average): "
         f"they take {bits:.2f} bits a weight, not less than one; --bits 2 --group-size -1 would take 2.0, and lose less"

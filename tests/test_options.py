@@ -246,6 +246,14 @@ def test_the_output_is_named_for_the_model_and_its_bits(tmp_path):
         ),
         ({"effort": "best", "scale_search": True}, "--scale-search: a trellis has no search; leave it out"),
         ({"target_bits": 4.0, "symmetric": True}, "--sym: trellis has no zeros; give --format int, or leave it out"),
+        (
+            {"number_format": "ternary", "symmetric": True},
+            "--sym: ternary has no zeros to choose; leave it out",
+        ),
+        (
+            {"number_format": "ternary", "effort": "best"},
+            "--effort best: ternary is solved in one way; leave it out",
+        ),
         ({"fused": True}, "--fused: holds what a target spreads together; give --target-size or --target-bits"),
         ({"method": "int8", "bits": 4}, "--bits 4: --method int8 has 8 bits in rows; leave it out"),
         ({"method": "int8", "number_format": "nf4"}, "--format nf4: --method int8 has 8 bits in rows; leave it out"),
