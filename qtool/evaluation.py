@@ -24,6 +24,7 @@ from qtool.checkpoint import Checkpoint
 from qtool.errors import ConfigError, QuantizeError
 from qtool.figures import Estimate, Predictions, Stretches, Values, collected, mean, perplexity, token_scores
 from qtool.logits_file import BaselineWriter, SavedBaseline
+from qtool.mixture import run_block
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
 from qtool.protocol import Protocol, Sample, Windows, cut_windows, scored
@@ -229,9 +230,8 @@ def _run_blocks(model: BlockwiseModel, batches: tuple[Tensor, ...], bar: Any) ->
     with model.outside(head=False):
         hidden = [model.embed(ids) for ids in batches]
     for index in range(len(model.blocks)):
-        with model.block(index):
-            for i, states in enumerate(hidden):  # in place: the states are what memory goes to
-                hidden[i] = _finite(model.run(index, states), model, model.block_name(index))
+        for i, states in enumerate(run_block(model, index, hidden)):  # in place: the states are what memory goes to
+            hidden[i] = _finite(states, model, model.block_name(index))
         bar.update()
     return hidden
 

@@ -12,8 +12,10 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,11 +98,21 @@ class Mixture:
         return {layer: down if split_name(layer)[1] == self.experts.down_name else up for layer in layers}
 
 
+class HeldStates(NamedTuple):
+    """Hidden states in memory, read as `HiddenStates` are; a folder for what a mixture reads and gives."""
+
+    folder: Path
+    batches: list[Tensor]
+
+    def read(self, step: int) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
 class RoutedTokens:
     """What a mixture reads of the calibration set, which experts each token goes to, and what they give."""
 
-    def __init__(self, mixture: Mixture, states: HiddenStates) -> None:
-        """Run the block, but for its experts, up to the mixture, and keep what that reads."""
+    def __init__(self, mixture: Mixture, states: HiddenStates | HeldStates, *, pools: bool = True) -> None:
+        """Run the block, but for its experts, up to the mixture, and keep what that reads; `pools`: for `visit`."""
         self.mixture, self._folder = mixture, states.folder
         self._pool: HessianAccumulator | None = None
         chosen: list[Tensor] = []
@@ -108,8 +120,9 @@ class RoutedTokens:
 
         def keep(hidden: Tensor, *routes: Tensor, **named: Tensor) -> Tensor:
             x = hidden.float().contiguous()
-            self._pool = self._pool or HessianAccumulator(x.shape[-1])
-            self._pool.add(x)
+            if pools:
+                self._pool = self._pool or HessianAccumulator(x.shape[-1])
+                self._pool.add(x)
             file.write(x.numpy().data)
             routed = [*routes, *named.values()]
             chosen.append(mixture.experts.chosen(routed[0]).int())
@@ -176,6 +189,12 @@ class RoutedTokens:
                 handle(names, {k: v for number in batch for k, v in mixture.by_layer(number, *shared).items()})
                 self._add_outputs(batch)
         return few
+
+    def give(self) -> None:
+        """Add up what the experts give as they are stored, a few in memory at a time."""
+        for batch in self.mixture.batches(number for number, count in enumerate(self.counts) if count):
+            with self.mixture.in_memory(batch):
+                self._add_outputs(batch)
 
     def _statistics(self, number: int) -> tuple[LayerStats, LayerStats]:
         """Of what both linears of an expert read, which has its weights; at most `MAX_SHARE` of its tokens count."""
@@ -252,6 +271,21 @@ class _Pool:
     @property
     def down(self) -> LayerStats:
         return LayerStats(self._hessian / max(self._n_tokens, 1), self._n_tokens, self._absmax)
+
+
+def run_block(model: BlockwiseModel, index: int, hidden: list[Tensor]) -> Iterator[Tensor]:
+    """The output of a block for every batch [batch, seq, hidden], in turn; its experts, where it is a mixture, are in
+    memory a few at a time, and its tokens lie in the folder for temporary files.
+    """
+    name = model.mixture(index)
+    with model.block(index, experts=False), ExitStack() as stack:
+        if name is not None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="qtool-experts-")))
+            tokens = RoutedTokens(Mixture(model, index, name), HeldStates(folder, hidden), pools=False)
+            tokens.give()
+            stack.enter_context(tokens.replayed())
+        for states in hidden:
+            yield model.run(index, states)
 
 
 def visit_block(

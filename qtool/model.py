@@ -252,7 +252,11 @@ class BlockwiseModel:
         if not call:
             raise CheckpointError(f"{self.checkpoint.name}: its blocks were not run; architecture not supported")
         args, kwargs = call[0]
-        with self.block(0) as block:
+        mixture = self.mixture(0)
+        with self.block(0, experts=False) as block, ExitStack() as stack:
+            if mixture is not None:  # what it gives makes no difference: its experts need not be in memory
+                experts = self.skeleton.get_submodule(mixture)
+                stack.enter_context(instead_of(experts, lambda hidden, *routes, **named: hidden))
             return isinstance(block(*args, **kwargs), tuple)
 
     def _as_block_output(self, hidden: Tensor) -> Any:

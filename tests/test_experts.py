@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from tiny import EXPERTS, load_reference
 import qtool
 from calibration.capture import HessianCapture
 from formats.encoding import Dense
-from formats.experts import SeparateExperts, fuse_experts, mixtures
+from formats.experts import SeparateExperts, expert_of, fuse_experts, mixtures
+from formats.header import TensorEntry
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
 from formats.tensors import decode_tensor
@@ -28,6 +30,7 @@ from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
 from qtool.runlog import RunReport
 from qtool.states import HiddenStates
+from qtool.ternary import bits_warning
 
 SOME = ("--min-expert-tokens", "8")
 KINDS = sorted(EXPERTS.keys() - {"mixtral", "gpt_oss"})  # test_families.py takes these two apart in more ways
@@ -374,3 +377,58 @@ def test_more_layers_than_a_header_has_room_for_are_told_by_mixture():
     assert quality["harder_damped"] == {"m.0.experts": 599 / 8, "m.1.experts": 1199 / 8, "m.0.q.weight": 0.5}
     assert quality["dropped_tokens"] == report.dropped_tokens  # these there is room for
     assert quality["rounded"] == ["m.0.experts", "m.1.experts"] and quality["uncalibrated"] == []
+
+
+def test_bits_below_one_are_held_against_what_the_experts_take(tiny_files, tmp_path):
+    """Rows of a tiny model are short: two values for each cost it a bit a weight."""
+    options = tiny_files.compress_options("--format", "int")
+    lines = {}
+    for bits in ("0.8", "0.99"):
+        out = tmp_path / f"{bits}.qtm"
+        done = run_qtool("compress", tiny_files.model("mixtral"), "-o", out, *options, "--bits", bits)
+        assert done.exit_code == 0, done.output
+        lines[bits] = [line for line in done.stderr.splitlines() if line.startswith("--bits")]
+    rows = [row for row in qtool_json("inspect", out)["tensors"] if row["encoding"].startswith("ternary")]
+    took = 8 * sum(row["bytes"] for row in rows) / sum(row["shape"][0] * row["shape"][1] for row in rows)
+    assert took > 0.99
+    for bits, [line] in lines.items():
+        assert line.startswith(f"--bits {bits}: ternary layers take {took:.3f} bits a weight: ")
+    first = next(
+        line for line in run_qtool("inspect", out, "--tensors").stdout.splitlines() if line.startswith(rows[0]["name"])
+    )
+    assert f"  {8 * rows[0]['bytes'] / (rows[0]['shape'][0] * rows[0]['shape'][1]):.2f}  " in first
+
+
+def test_bits_that_are_kept_need_no_word():
+    entry = TensorEntry("w", (64, 64), Dense("F16"), 256, 8192, "0" * 64)
+    assert bits_warning([(entry, 0.5)], 16.0) is None and bits_warning([], 0.8) is None
+    assert bits_warning([(entry, 0.5)], 15.9) == (
+        "--bits 15.9: ternary layers take 16.000 bits a weight: 50.0% of them are zero, and that alone decides; "
+        "--ternary-grid minmax leaves the most"
+    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_eval_has_few_experts_in_memory(tiny_files, monkeypatch, kind):
+    """Whatever their number in a block; the figures are those of the whole block at once, as transformers runs it."""
+    model = tiny_files.model("qwen2_moe") if kind == "folder" else tiny_files.compressed("qwen2_moe")
+    measure = ("eval", "perplexity", model, "--data", tiny_files.text, "--seq-len", "64")
+    monkeypatch.setattr(mixture_module, "BATCH_ELEMENTS", 10000)
+    held, most, real = [0], [], BlockwiseModel.materialised
+
+    @contextmanager
+    def materialised(self, names, *, instead=None):
+        own = {expert_of(name) for name in names} - {None}
+        held[0] += len(own)
+        most.append(held[0])
+        with real(self, names, instead=instead):
+            yield
+        held[0] -= len(own)
+
+    monkeypatch.setattr(BlockwiseModel, "materialised", materialised)
+    few = qtool_json(*measure)
+    assert 1 <= max(most) <= 2 and held == [0]
+    monkeypatch.setattr(BlockwiseModel, "mixture", lambda self, index: None)
+    whole = qtool_json(*measure)
+    assert max(most) == 8
+    assert few["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
