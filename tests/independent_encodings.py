@@ -11,7 +11,7 @@ ENCODINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields that m
     "dense": ({"dtype": str}, {}),
     "uniform": (
         {"bits": int, "group_size": int, "symmetric": bool},
-        {"input_scales": bool, "stat_bits": int, "stat_rows": int, "outliers": int},
+        {"input_scales": bool, "stat_bits": int, "stat_rows": int, "outliers": int, "input_order": bool},
     ),
     "codebook": (
         {"bits": int, "group_size": int, "levels": str},
@@ -143,6 +143,8 @@ def parts(entry: dict[str, Any]) -> list[Part]:
         found.append(Part("levels", "<f2", (2 ** (entry["bits"] + 1),)))
     if entry.get("input_scales", False):
         found.append(Part("input_scales", "<f2", (n_in,)))
+    if entry.get("input_order", False):
+        found.append(Part("input_order", "<u4", (n_in,)))
     if n := entry.get("outliers", 0):
         found.append(Part("outlier_rows", "<u4", (n_out + 1,)))
         found.append(Part("outlier_columns", "<u4" if n_in > 65536 else "<u2", (n,)))

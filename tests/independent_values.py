@@ -114,14 +114,19 @@ def decode_grouped(entry: dict[str, Any], arrays: Arrays) -> np.ndarray:
     """`uniform`, `codebook` and `trellis`."""
     n_in, bits = entry["shape"][1], entry["bits"]
     group = np.arange(n_in) // entry["group_size"]  # of each input
-    scales = decode_scales(entry, arrays, group[-1] + 1)[:, group]
+    n_groups = group[-1] + 1
+    if entry.get("input_order", False):
+        places = [int(place) for place in arrays["input_order"][0]]
+        must(sorted(places) == list(range(n_in)), "7.8", f"{entry['name']!r}: input_order is no permutation")
+        group = np.array([place // entry["group_size"] for place in places])
+    scales = decode_scales(entry, arrays, n_groups)[:, group]
     if entry["encoding"] == "trellis":
         weights = scales * arrays["levels"][0].astype(F32)[walk(entry, arrays)]
     elif entry["encoding"] == "codebook":
         weights = scales * levels_of(entry, arrays)[unpack(entry, arrays["codes"], n_in, bits)]
     else:
         codes = unpack(entry, arrays["codes"], n_in, bits)
-        weights = scales * (codes.astype(F32) - decode_zeros(entry, arrays, group[-1] + 1)[:, group])
+        weights = scales * (codes.astype(F32) - decode_zeros(entry, arrays, n_groups)[:, group])
     if "outlier_rows" in arrays:
         add_outliers(entry, arrays, weights)
     return weights

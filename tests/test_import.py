@@ -308,3 +308,40 @@ def test_gguf_options_go_with_gguf(tiny_files, tmp_path):
     assert message == "--gguf-type q8_0: is for --to gguf; leave it out"
     message = refusal("export", file, "--to", "gguf", "-o", tmp_path / "out.gguf", "--dtype", "float16")
     assert message == "--dtype float16: is not for --to gguf; leave it out"
+
+
+def shuffled(tensors, places):
+    """Groups that are formed by `places`, as act-order without static groups leaves them; codes stay where they are."""
+    tensors[f"{Q_PROJ}.g_idx"] = (places // 32).int()
+
+
+def test_groups_in_another_order_come_in_and_go_out_again(gptq, tmp_path):
+    """The order within a group means nothing, and is that of the inputs."""
+    places = torch.arange(64).mul(5).remainder(64)
+    edit_tensors(gptq, lambda tensors: shuffled(tensors, places))
+    assert import_(gptq, tmp_path / "back.qtm")["decoded"] == {}
+    config, tensors = read_folder(gptq)
+    with QtmFile.open(tmp_path / "back.qtm") as opened:
+        layer = opened.layer(f"{Q_PROJ}.weight")
+        assert np.array_equal(layer.input_order // 32, tensors[f"{Q_PROJ}.g_idx"].numpy())
+        assert np.array_equal(layer.dequantize(), decode_gptq(config, Q_PROJ, tensors))
+        assert opened.version == (1, 3)
+    assert run_qtool("verify", tmp_path / "back.qtm").exit_code == 0
+    again, found = read_folder(export(tmp_path / "back.qtm", "gptq", tmp_path / "again"))
+    assert again["desc_act"] is True
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+    for to in ("awq", "gguf"):
+        message = refusal("export", tmp_path / "back.qtm", "--to", to, "-o", tmp_path / to)
+        assert "another order than the inputs" in message
+    lost = qtool_json("export", tmp_path / "back.qtm", "--to", "awq", "-o", tmp_path / "awq", "--lossy")["losses"]
+    assert [loss["name"] for loss in lost] == [f"{Q_PROJ}.weight"] and lost[0]["error"] < 0.05
+
+
+def test_groups_of_different_sizes_are_left_dense(gptq, tmp_path):
+    edit_tensors(gptq, lambda tensors: tensors[f"{Q_PROJ}.g_idx"].copy_(torch.arange(64) // 40))
+    result = import_(gptq, tmp_path / "back.qtm")
+    assert result["decoded"] == {f"{Q_PROJ}.weight": "groups that are not of one size; stored as float32"}
+    config, tensors = read_folder(gptq)
+    with QtmFile.open(tmp_path / "back.qtm") as opened:
+        assert np.array_equal(opened.dense(f"{Q_PROJ}.weight"), decode_gptq(config, Q_PROJ, tensors))

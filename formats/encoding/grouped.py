@@ -56,6 +56,7 @@ class GroupedEncoding(MatrixEncoding):
         found: dict[str, Component] = {"codes": self._codes(shape)} | self._statistics(shape)
         if self.input_scales:
             found[INPUT_SCALES] = InputScales(INPUT_SCALES, "<f2", (shape[1],), "an input scale")
+        found |= self._order(shape)
         if self.outliers:
             found["outliers"] = OutlierParts(shape, self.outliers)
         return found
@@ -66,6 +67,10 @@ class GroupedEncoding(MatrixEncoding):
     def _statistics(self, shape: Shape) -> dict[str, Component]:
         """What stands behind the codes."""
         return {"scales": self._scales(shape)}
+
+    def _order(self, shape: Shape) -> dict[str, Component]:
+        """What stands behind all but outliers."""
+        return {}
 
     def _scales(self, shape: Shape) -> RowComponent:
         groups = self.groups(shape)

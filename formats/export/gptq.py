@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ class _Gptq(Engine):
 
     def __init__(self, version: int) -> None:
         self.version = version
-        self.carrier = Carrier("gptq version 1", BITS, least_zero=1) if version == 1 else Carrier("gptq", BITS)
+        self.carrier = Carrier(
+            "gptq version 1" if version == 1 else "gptq", BITS, least_zero=1 if version == 1 else 0, ordered=True
+        )
 
     def check(self, shape: tuple[int, int], form: Form) -> None:
         check_shape(shape)
@@ -50,12 +53,14 @@ class _Gptq(Engine):
         return pack_gptq(layer, self.version)
 
     def config(self, forms: Mapping[str, Form], dense: list[str]) -> dict[str, Any]:
+        is_ordered = any(form.is_ordered for form in forms.values())
+        forms = {module: replace(form, is_ordered=False) for module, form in forms.items()}
         base = Counter(forms.values()).most_common(1)[0][0]
         return {
             "quant_method": "gptq",
             "checkpoint_format": FORMATS[self.version],
             **_fields(base),
-            "desc_act": False,
+            "desc_act": is_ordered,
             "static_groups": False,
             "true_sequential": True,
             "damp_percent": 0.01,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,6 +29,7 @@ class Form:
     bits: int
     group_size: int
     symmetric: bool
+    is_ordered: bool = False  # by an order of the inputs (SPEC 7.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Carrier:
     bits: tuple[int, ...]  # rising
     asymmetric: bool = True
     least_zero: int = 0
+    ordered: bool = False  # whether inputs of a group may lie anywhere
 
     def form(self, encoding: MatrixEncoding, shape: tuple[int, ...]) -> Form:
         """That of a layer once it is in the format: fewer bits go into more, which changes no value."""
@@ -46,7 +48,9 @@ class Carrier:
         group_size = encoding.group_size if isinstance(encoding, GroupedEncoding) else -1
         symmetric = encoding.symmetric if isinstance(encoding, Uniform) else True
         wide = min((own for own in self.bits if own >= bits), default=self.bits[-1])
-        return Form(wide, -1 if group_size == shape[1] else group_size, symmetric or not self.asymmetric)
+        is_ordered = self.ordered and isinstance(encoding, Uniform) and encoding.input_order
+        group_size = -1 if group_size == shape[1] else group_size
+        return Form(wide, group_size, symmetric or not self.asymmetric, is_ordered)
 
     def obstacle(self, encoding: MatrixEncoding) -> str | None:
         """What the format has no place for, in words; None where it holds all layers stored so, but for their zeros."""
@@ -58,6 +62,8 @@ class Carrier:
             return "statistics in two levels"
         if encoding.input_scales:
             return "input scales"
+        if encoding.input_order and not self.ordered:
+            return "groups in another order than the inputs"
         if encoding.bits > self.bits[-1]:
             return f"{encoding.bits} bits"
         if not self.asymmetric and not encoding.symmetric:
@@ -87,7 +93,7 @@ def widened(layer: QuantizedLinear, bits: int) -> QuantizedLinear:
     # The middle of a symmetric grid moves, and the codes with it.
     shift = (1 << (bits - 1)) - (1 << (layer.bits - 1)) if layer.symmetric else 0
     codes = layer.codes + np.uint8(shift)
-    return QuantizedLinear(codes=codes, scales=layer.scales, zeros=layer.zeros, bits=bits, group_size=layer.group_size)
+    return replace(layer, codes=codes, bits=bits)
 
 
 def regridded(layer: Layer, form: Form, least_zero: int = 0) -> QuantizedLinear:
@@ -159,7 +165,7 @@ def _own_grid(layer: Layer, middle: int) -> tuple[F32, F32] | None:
     """Scales and zeros [out, G] f32 of a layer in equal steps that are the same for all inputs of a group."""
     if isinstance(layer, Int8Linear):
         return layer.scales[:, None], np.full((layer.out_features, 1), middle, np.float32)
-    if not isinstance(layer, QuantizedLinear):
+    if not isinstance(layer, QuantizedLinear) or layer.input_order is not None:
         return None
     scales = statistic_values(layer.scales)
     return scales, np.full_like(scales, middle) if layer.zeros is None else statistic_values(layer.zeros)

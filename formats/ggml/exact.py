@@ -57,6 +57,8 @@ def _of_uniform(layer: QuantizedLinear) -> Steps:
         raise NotWhole(f"{len(layer.outliers)} outliers stand beside the codes")
     if layer.input_scales is not None and (layer.input_scales != 1).any():
         raise NotWhole("inputs have scales")
+    if layer.input_order is not None:
+        raise NotWhole("groups have another order than the inputs")
     if layer.group_size % BLOCK and layer.group_size != layer.in_features:
         raise NotWhole(f"groups of {layer.group_size} are no whole blocks of {BLOCK}")
     group_of_block = np.arange(0, layer.in_features, BLOCK) // layer.group_size

@@ -74,7 +74,7 @@ def layout_of(encoding: MatrixEncoding, shape: Shape) -> tuple[Layout, tuple[int
 
     if isinstance(encoding, Int8Rows):
         kind, bits, group_size, scales = BYTES, 8, shape[1], OF_ROW
-    elif isinstance(encoding, Uniform):
+    elif isinstance(encoding, Uniform) and not encoding.input_order:
         kind, bits, group_size = UNIFORM, encoding.bits, encoding.group_size
         scales = TWO_LEVEL if encoding.stat_bits else PLAIN
     elif isinstance(encoding, Codebook):
@@ -84,7 +84,8 @@ def layout_of(encoding: MatrixEncoding, shape: Shape) -> tuple[Layout, tuple[int
         kind, bits, group_size = TRELLIS, encoding.bits, encoding.group_size
         scales = TWO_LEVEL if encoding.stat_bits else PLAIN
     else:
-        raise KernelError(f"{encoding.name}: there is no GPU kernel for this encoding")
+        ordered = " with an order of its inputs" if getattr(encoding, "input_order", False) else ""
+        raise KernelError(f"{encoding.name}{ordered}: there is no GPU kernel for this encoding")
     memory = getattr(encoding, "memory", 0)
     levels = getattr(encoding, "levels", "")
     layout = Layout(

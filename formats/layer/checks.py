@@ -37,6 +37,15 @@ def check_range(name: str, integers: npt.NDArray[np.uint8], bits: int) -> None:
         raise FormatError(f"{name} reach {largest}: does not fit {bits} bits (SPEC 7.4.1)")
 
 
+def check_permutation(name: str, places: npt.NDArray[Any]) -> None:
+    """SPEC 7.8."""
+    n = len(places)
+    found = np.zeros(n, bool)
+    found[places[places < n]] = True
+    if not found.all():
+        raise FormatError(f"{name} has no {int(found.argmin())}: must have each number below {n} once (SPEC 7.8)")
+
+
 def check_finite(what: str, values: npt.NDArray[Any]) -> None:
     """SPEC 7.6 for f16 or f32. On the bits, since np.isfinite widens every f16 and takes twenty times as long."""
     kind, magnitude, largest, wrong = _MAGNITUDES[values.dtype.itemsize]

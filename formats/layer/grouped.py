@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from formats.encoding.planes import MAX_BITS, MIN_BITS
 from formats.errors import FormatError
@@ -88,7 +89,11 @@ class GroupedLayer(Layer):
 
     def _per_weight(self, statistic: Any) -> F32:
         """A statistic [out, G] spread over the inputs.  -> [out, in] f32"""
-        return statistic_values(statistic)[:, group_index(self.in_features, self.group_size)]
+        return statistic_values(statistic)[:, self.groups_of_inputs()]
+
+    def groups_of_inputs(self) -> npt.NDArray[np.int64]:
+        """The group of every input.  -> [in] i64"""
+        return group_index(self.in_features, self.group_size)
 
     def _finished(self, weight: F32) -> F32:
         """What comes after scale * unit (SPEC 7.10, 7.5.1); `weight` may be changed."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from formats.encoding.uniform import Uniform
 from formats.errors import FormatError
-from formats.layer.base import F32, U8, decode
-from formats.layer.checks import check_array, check_range
+from formats.layer.base import F32, U8, decode, group_index
+from formats.layer.checks import check_array, check_permutation, check_range
 from formats.layer.grouped import GroupedLayer
 from formats.layer.statistics import DoubleQuant, TwoLevel
 
@@ -20,13 +21,18 @@ class QuantizedLinear(GroupedLayer):
 
     scales: [out, G] f16 or TwoLevel
     zeros:  [out, G] u8 < 2**bits, or TwoLevel as the scales are; None when symmetric: 2**(bits - 1) everywhere
+    input_order: [in] u32, the place of each input, each once: groups are counted by it; None: as inputs stand
     """
 
     zeros: U8 | TwoLevel | None
+    input_order: npt.NDArray[np.uint32] | None = None
 
     def _check_own(self) -> None:
         if isinstance(self.scales, DoubleQuant):
             raise FormatError("scales are quantized twice: uniform has them as f16 or in two levels (SPEC 7.3)")
+        if self.input_order is not None:
+            check_array("input_order", self.input_order, np.uint32, (self.in_features,), "7.8")
+            check_permutation("input_order", self.input_order)
         if isinstance(self.zeros, np.ndarray):
             check_array("zeros", self.zeros, np.uint8, self.groups)
             check_range("zeros", self.zeros, self.bits)
@@ -42,7 +48,13 @@ class QuantizedLinear(GroupedLayer):
 
     @property
     def encoding(self) -> Uniform:
-        return Uniform(symmetric=self.symmetric, **self._common_fields())
+        has_order = self.input_order is not None
+        return Uniform(symmetric=self.symmetric, input_order=has_order, **self._common_fields())
+
+    def groups_of_inputs(self) -> npt.NDArray[np.int64]:
+        if self.input_order is None:
+            return group_index(self.in_features, self.group_size)
+        return self.input_order.astype(np.int64) // self.group_size
 
     def dequantize(self) -> F32:
         zeros = np.full(self.groups, 1 << (self.bits - 1), np.uint8) if self.zeros is None else self.zeros

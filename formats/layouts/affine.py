@@ -51,12 +51,19 @@ class Affine:
             return "scales beyond fp16"
         if int(self.zeros.max()) >= 1 << self.bits:
             return f"a zero of {int(self.zeros.max())}"
-        if not np.array_equal(self.groups, group_index(len(self.groups), self.group_size)):
-            return "groups in another order than the inputs"
+        if not np.array_equal(self._places() // self.group_size, self.groups):
+            return "groups that are not of one size"
         return None
+
+    def _places(self) -> npt.NDArray[np.int64]:
+        """The place of each input where those of a group follow each other, as they stand within it."""
+        places = np.empty(len(self.groups), np.int64)
+        places[np.argsort(self.groups, kind="stable")] = np.arange(len(places))
+        return places
 
     def layer(self) -> QuantizedLinear:
         """The layer with the same values, unless there is an obstacle; zeros that are all in the middle are none."""
+        is_in_order = np.array_equal(self.groups, group_index(len(self.groups), self.group_size))
         is_symmetric = bool((self.zeros == 1 << (self.bits - 1)).all())
         return QuantizedLinear(
             codes=self.codes,
@@ -64,6 +71,7 @@ class Affine:
             zeros=None if is_symmetric else self.zeros.astype(np.uint8),
             bits=self.bits,
             group_size=self.group_size,
+            input_order=None if is_in_order else self._places().astype(np.uint32),
         )
 
     def dequantize(self) -> F32:
@@ -121,4 +129,5 @@ def take_rows(layer: QuantizedLinear, rows: npt.NDArray[np.int64]) -> QuantizedL
         zeros=None if layer.zeros is None else np.ascontiguousarray(full_zeros(layer)[rows]),
         bits=layer.bits,
         group_size=layer.group_size,
+        input_order=layer.input_order,
     )

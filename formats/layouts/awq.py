@@ -28,6 +28,8 @@ def check_shape(shape: tuple[int, int], group_size: int) -> None:
 
 def pack_awq(layer: QuantizedLinear) -> dict[str, npt.NDArray[Any]]:
     """qweight [in, out / 8] i32, qzeros [G, out / 8] i32, scales [G, out] f16.  layer: as `plain_scales` takes it"""
+    if layer.input_order is not None:
+        raise FormatError("groups in another order than the inputs: awq has none")
     return {
         "qweight": _pack(layer.codes).view(np.int32),
         "qzeros": _pack(full_zeros(layer)).view(np.int32),

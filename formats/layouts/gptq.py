@@ -42,7 +42,7 @@ def pack_gptq(layer: QuantizedLinear, version: int) -> dict[str, npt.NDArray[Any
         "qweight": np.ascontiguousarray(pack_stream(layer.codes, layer.bits).T).view(np.int32),
         "qzeros": np.ascontiguousarray(pack_stream(np.ascontiguousarray(zeros.T), layer.bits)).view(np.int32),
         "scales": np.ascontiguousarray(plain_scales(layer).T),
-        "g_idx": group_index(layer.in_features, layer.group_size).astype(np.int32),
+        "g_idx": layer.groups_of_inputs().astype(np.int32),
     }
 
 

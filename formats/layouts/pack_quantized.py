@@ -29,6 +29,8 @@ def pack_quantized(layer: QuantizedLinear) -> dict[str, npt.NDArray[Any]]:
     """
     if not layer.symmetric:
         raise FormatError("has zeros: compressed-tensors loads symmetric layers only")
+    if layer.input_order is not None:
+        raise FormatError("groups in another order than the inputs: compressed-tensors has none")
     return {
         "weight_packed": np.ascontiguousarray(pack_stream(layer.codes, layer.bits)).view(np.int32),
         "weight_scale": np.ascontiguousarray(plain_scales(layer)),

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from format_samples import NO_MEMBERS, add_layer, f16
-from layer_samples import make_affine
+from format_samples import NO_MEMBERS, add_layer, f16, make_layer
+from layer_samples import make_affine, make_spqr, with_order, with_outliers
 
-from formats.layer import AffineLinear, Products
+from formats.layer import AffineLinear, Products, QuantizedLinear
 from formats.writer import Writer
 
 
@@ -53,4 +53,27 @@ def affine(writer: Writer) -> None:
     writer.finish(**NO_MEMBERS)
 
 
-CONTENTS: dict[str, Callable[[Writer], None]] = {"affine": affine}
+def ordered_by_hand() -> QuantizedLinear:
+    """Codes 0 to 3 with a zero of 2; inputs 0 and 3 have a scale of 1, 1 and 2 one of 0.5."""
+    return QuantizedLinear(
+        codes=np.array([[0, 1, 2, 3]], np.uint8),
+        scales=f16([0x3C00, 0x3800]).reshape(1, 2),
+        zeros=None,
+        bits=2,
+        group_size=2,
+        input_order=np.array([1, 3, 2, 0], np.uint32),
+    )
+
+
+def input_order(writer: Writer) -> None:
+    """Alone and with all else that `uniform` can have; a short last group."""
+    add_layer(writer, "by hand", ordered_by_hand())
+    for bits in range(2, 9):
+        layer = with_order(make_layer(3, 37, bits, 16, symmetric=bits % 2 == 0, scaled=bits > 6), step=bits)
+        add_layer(writer, f"{bits} bits", layer, transposed=bits == 3)
+    add_layer(writer, "all", with_order(with_outliers(make_spqr(scaled=True))), relative_error=0.5)
+    add_layer(writer, "one group", with_order(make_layer(2, 9, group_size=9), step=2))
+    writer.finish(**NO_MEMBERS)
+
+
+CONTENTS: dict[str, Callable[[Writer], None]] = {"affine": affine, "input_order": input_order}

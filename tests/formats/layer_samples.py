@@ -67,6 +67,12 @@ def with_outliers(layer: Any, every: int = 5) -> Any:
     return replace(layer, outliers=make_outliers(*layer.shape, every))
 
 
+def with_order(layer: Any, step: int = 5) -> Any:
+    """Every step-th input next to each other; step: no divisor of their number."""
+    places = step * np.arange(layer.in_features) % layer.in_features
+    return replace(layer, input_order=places.astype(np.uint32))
+
+
 def make_spqr(
     out_features: int = 5,
     in_features: int = 11,
@@ -222,6 +228,8 @@ LAYERS: dict[str, Any] = {
     "trellis": make_trellis(),
     "trellis, 1 bit, all": with_outliers(make_trellis(40, 11, 1, 4, 9, 64, "two_level", scaled=True)),
     "trellis, 6 bits, few rows": make_trellis(5, 11, 6, 11, 7),
+    "order of the inputs": with_order(make_layer(3, 37, 3, 8)),
+    "order of the inputs, all": with_order(with_outliers(make_spqr(scaled=True))),
     "affine": make_affine(),
     "affine, two levels": make_affine(5, 37, 5, 4, False, 6, 8),
     "affine, two levels, symmetric": make_affine(3, 70, 6, 16, True, 8, 16),

@@ -23,3 +23,9 @@ def test_spec_7_17_1_statistics_in_two_levels_by_hand():
 def test_spec_7_17_2_signs_by_hand():
     """Both codes less 2: scales 1 and -1 halves, integers -2 to 1."""
     assert weights("affine", "products by hand.symmetric=1").tolist() == [[-1, -0.5, 0, -0.5]]
+
+
+def test_spec_7_8_an_order_of_the_inputs_by_hand():
+    """Places 1, 3, 2, 0: inputs 3 and 0 are the first group, 2 and 1 the second."""
+    assert part("input_order", "by hand", "input_order") == bytes([1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0])
+    assert weights("input_order", "by hand").tolist() == [[-2, -0.5, 0, 1]]

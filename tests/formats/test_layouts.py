@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from formats.errors import FormatError
 from formats.layer import QuantizedLinear
-from formats.layouts.awq import pack_awq
+from formats.layouts.awq import pack_awq, unpack_awq
 from formats.layouts.bitstream import pack_stream, stream_words, unpack_stream
-from formats.layouts.gptq import pack_gptq
-from formats.layouts.pack_quantized import pack_quantized
+from formats.layouts.gptq import pack_gptq, unpack_gptq
+from formats.layouts.pack_quantized import pack_quantized, unpack_quantized
 
 # export-layouts: K=64, N=32, g=32; checked against GPTQModel's own packer.
 QWEIGHT = {
@@ -129,3 +129,97 @@ def test_awq_known_words():
     assert as_words(arrays["qweight"][0])[0] == 0x5F93_2C60
     assert as_words(arrays["qzeros"][0])[0] == 0x8642_7531  # zeros 1 to 8
     assert arrays["qweight"].shape == (64, 4) and arrays["scales"].shape == (2, 32)
+
+
+@st.composite
+def layers(draw, bits=(2, 3, 4, 8), outputs=32, inputs=32, symmetric=None):
+    """Layers of any shape that an engine takes; groups may be any part of a row, and their inputs in any order."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    width, n_out = draw(st.sampled_from(bits)), outputs * draw(st.integers(1, 3))
+    n_in = inputs * draw(st.integers(1, 5))
+    group_size = draw(st.sampled_from([size for size in (8, 32, 64, n_in) if n_in % size == 0]))
+    groups, is_symmetric = (n_out, n_in // group_size), draw(st.booleans()) if symmetric is None else symmetric
+    zeros = rng.integers(0, 1 << width, groups, np.uint8)
+    zeros[0, 0] = 0  # not all in the middle
+    return QuantizedLinear(
+        codes=rng.integers(0, 1 << width, (n_out, n_in), np.uint8),
+        scales=rng.normal(size=groups).astype(np.float16),
+        zeros=None if is_symmetric else zeros,
+        bits=width,
+        group_size=group_size,
+    )
+
+
+def assert_same(one, other):
+    assert (one.bits, one.group_size, one.symmetric) == (other.bits, other.group_size, other.symmetric)
+    for name in ("codes", "scales", "zeros", "input_order"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None and b is None) or np.array_equal(a, b), name
+
+
+@settings(deadline=None)
+@given(layers(), st.randoms(use_true_random=False))
+def test_gptq_gives_every_layer_back(layer, rng):
+    if rng.random() < 0.5 and layer.group_size < layer.in_features:
+        places = list(range(layer.in_features))
+        rng.shuffle(places)
+        layer = replace(layer, input_order=np.array(places, np.uint32))
+    stored = unpack_gptq(pack_gptq(layer, 2), layer.shape, layer.bits, layer.group_size, 2)
+    assert stored.obstacle() is None
+    assert np.array_equal(stored.dequantize(), layer.dequantize())
+    if layer.input_order is None:
+        assert_same(stored.layer(), layer)
+    else:  # the order within a group means nothing
+        assert np.array_equal(stored.layer().groups_of_inputs(), layer.groups_of_inputs())
+        assert np.array_equal(stored.layer().dequantize(), layer.dequantize())
+
+
+@settings(deadline=None)
+@given(layers())
+def test_version_1_gives_every_layer_back_whose_zeros_are_above_0(layer):
+    if layer.zeros is not None:
+        layer = replace(layer, zeros=np.maximum(layer.zeros, 1))
+    stored = unpack_gptq(pack_gptq(layer, 1), layer.shape, layer.bits, layer.group_size, 1)
+    assert np.array_equal(stored.dequantize(), layer.dequantize())
+
+
+@settings(deadline=None)
+@given(layers(bits=range(2, 9), outputs=5, inputs=8, symmetric=True))
+def test_compressed_tensors_gives_every_layer_back(layer):
+    assume(layer.in_features >= 128 or 32 % layer.bits == 0)  # shorter ones cannot be told from older files
+    stored = unpack_quantized(pack_quantized(layer), layer.shape, layer.bits, layer.group_size, True)
+    assert_same(stored.layer(), layer)
+
+
+@settings(deadline=None)
+@given(layers(bits=(4,), outputs=8, inputs=8))
+def test_awq_gives_every_layer_back(layer):
+    assert_same(unpack_awq(pack_awq(layer), layer.shape, layer.group_size).layer(), layer)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_older_files_of_compressed_tensors_have_no_code_in_two_words(bits):
+    """Until late 2025: floor(32 / bits) codes a word."""
+    codes = (7 * np.arange(640) % 2**bits).astype(np.uint8).reshape(2, 320)
+    per_word = 32 // bits
+    padded = np.pad(codes, ((0, 0), (0, -320 % per_word))).reshape(2, -1, per_word).astype(np.uint32)
+    packed = (padded << (np.arange(per_word, dtype=np.uint32) * np.uint32(bits))).sum(2, dtype=np.uint32)
+    arrays = {"weight_packed": packed.view(np.int32), "weight_scale": np.ones((2, 1), np.float32)}
+    arrays["weight_shape"] = np.array([2, 320], np.int64)
+    assert np.array_equal(unpack_quantized(arrays, (2, 320), bits, -1, True).codes, codes)
+
+
+def test_short_rows_that_cannot_be_told_from_older_ones():
+    arrays = {"weight_packed": np.zeros((1, 2), np.int32), "weight_scale": np.ones((1, 1), np.float32)}
+    arrays["weight_shape"] = np.array([1, 20], np.int64)
+    with pytest.raises(FormatError, match="rows of 20 codes of 3 bits: older files and new ones cannot be told apart"):
+        unpack_quantized(arrays, (1, 20), 3, -1, True)
+
+
+def test_zeros_of_compressed_tensors_are_packed_along_the_outputs():
+    """export-layouts: zero points (5 i mod 16) - 8 of 16 rows."""
+    packed = np.array([[0x3E94FA50], [0xB61C72D8]], np.uint32).view(np.int32)
+    arrays = {"weight_packed": np.zeros((16, 1), np.int32), "weight_scale": np.ones((16, 1), np.float32)}
+    arrays |= {"weight_shape": np.array([16, 8], np.int64), "weight_zero_point": packed}
+    zeros = unpack_quantized(arrays, (16, 8), 4, -1, False).zeros
+    assert zeros[:, 0].tolist() == [5 * i % 16 for i in range(16)]

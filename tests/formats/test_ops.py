@@ -89,8 +89,10 @@ def test_every_kernel_has_the_reference_s_numbers(layer, name):
         pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
     kernels, section, want = load_kernels(name), section_of(layer), torch.from_numpy(dequantize(layer))
     where = encoding_of(layer), layer.shape
-    if name == "cuda" and isinstance(layer, AffineLinear):  # the loader decodes it once
-        with pytest.raises(KernelError, match=r"^affine: there is no GPU kernel for this encoding$"):
+    is_ordered = getattr(layer, "input_order", None) is not None
+    if name == "cuda" and (is_ordered or isinstance(layer, AffineLinear)):  # the loader decodes it once
+        kind = "uniform with an order of its inputs" if is_ordered else "affine"
+        with pytest.raises(KernelError, match=rf"^{kind}: there is no GPU kernel for this encoding$"):
             kernels.decode(section, *where, torch.float32)
         return
     ids = torch.tensor([layer.out_features - 1, 0, 0])
