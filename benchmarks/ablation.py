@@ -24,6 +24,7 @@ SOLVER = {
     "without act-order": [*INT, "--no-act-order"],
     "without all three: plain GPTQ": [*INT, *PLAIN],
     "round to nearest": [*INT, "--method", "rtn"],
+    "every block on its own (--independent)": [*INT, "--independent"],
     "fitted levels": ["--format", "fitted", *INT],
     "group 16, statistics in 3 bits": ["--bits", 3, "--group-size", 16, "--stat-bits", 3],
     "0.3% outliers": [*INT, "--outliers", "0.3%"],

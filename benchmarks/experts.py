@@ -24,6 +24,8 @@ def widths(bits: int) -> list[object]:
 ROWS: dict[str, tuple[list[object], list[object]]] = {
     **{f"{bits} bits, a grid for each row": (widths(bits), widths(bits)) for bits in (4, 3, 2)},
     "ternary, least, 0 and largest": (["--expert-format", "ternary"], ["--expert-format", "ternary"]),
+    "2 bits, every block on its own": ([*widths(2), "--independent"], []),
+    "ternary, every block on its own": (["--expert-format", "ternary", "--independent"], []),
     "ternary, searched": (["--expert-format", "ternary", "--ternary-grid", "mse"], []),
 }
 """Name -> options with GPTQ, options rounded (none: there is no Hessian to search by)."""

@@ -130,6 +130,14 @@ def _expert_moments(experts: list[TensorPlan], n_tokens: int) -> list[int]:
     return [together + activations + solver]
 
 
+def worker_bytes(plan: list[TensorPlan], n_tokens: int) -> int:
+    """About what a worker of a cluster takes that solves the dearest piece of work, Ray's object store left out."""
+    solved = [t for t in plan if t.spec is not None and t.in_block]
+    one = [8 * t.n_parameters + _solver_bytes(t, calibrated=bool(n_tokens)) for t in solved if not t.is_expert]
+    experts = _expert_moments([t for t in solved if t.is_expert], n_tokens)
+    return int(INTERPRETER_BYTES + SLACK * max([*one, *experts], default=0))
+
+
 def _sampling_bytes(model: BlockwiseModel, plan: list[TensorPlan], seq_len: int) -> int:
     """Bytes of letting the model write: all of it as float32, and the keys and values of what it has written."""
     cache = 2 * 4 * SAMPLES_PER_BATCH * seq_len * int(model.config.hidden_size) * len(model.blocks)

@@ -115,6 +115,16 @@ class RayCluster:
             yield replace(one, stats=work.stats[index if work.alike else 0])
 
 
+def count_workers(address: str) -> int:
+    """How many workers a cluster has for a run; ConfigError unless it can be reached and one that is asked has all that
+    is needed, in the right versions.
+    """
+    with RayCluster(address) as cluster:
+        for _ in cluster.start([Work(names=[], weights=[], specs=[], stats=[None])]):
+            pass
+        return cluster.workers
+
+
 def versions() -> dict[str, str]:
     """What has to be alike on all machines."""
     return {"qtool": qtool.__version__, "torch": torch.__version__, "numpy": version("numpy")}

@@ -13,6 +13,7 @@ from typing import Any
 
 from formats.reader import QtmFile
 from qtool.checkpoint import Checkpoint, open_checkpoint
+from qtool.cluster import count_workers
 from qtool.engines import options_for, rules_of, shapes_of
 from qtool.errors import ConfigError
 from qtool.estimate import estimate_run
@@ -135,11 +136,12 @@ def dry_run(request: Request) -> Estimated:
         checkpoint = _open_original(request.model, request.trust_remote_code)
         reset_peak()
         job = prepare(checkpoint, request.recipe, options, warn)
+        workers = count_workers(options.cluster) if options.cluster else 0
         if request.recipe.target is not None:
             with Journal(request.output, options.work_dir) as journal:
                 job = meet_target(job, options, journal, warn)
-                return Estimated(**estimate_run(job))
-        return Estimated(**estimate_run(job))
+                return Estimated(**estimate_run(job, workers))
+        return Estimated(**estimate_run(job, workers))
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:
@@ -148,6 +150,7 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         f"bits per weight  {estimate['bits_per_weight']:.3f}" + _uncounted(estimate),
         f"quantized        {estimate['quantized_share']:.2%} of {estimate['parameters']:,} parameters",
         f"peak memory      at most {format_bytes(estimate['peak_rss_bytes'])}",
+        *_format_workers(estimate),
         f"work folder      {format_bytes(estimate['work_bytes'])} besides the file, until the run is done",
         f"time             about {estimate['seconds']:.0f} s on this machine",
         *_format_loss(estimate),
@@ -158,6 +161,13 @@ def format_estimate(estimate: dict[str, Any]) -> str:
         names = fold_names(row["name"] for row in estimate["left_dense"] if row["reason"] == reason)
         lines.append(f"  {reason}: {names}")
     return "\n".join(lines)
+
+
+def _format_workers(estimate: dict[str, Any]) -> list[str]:
+    if not estimate["workers"]:
+        return []
+    each = format_bytes(estimate["worker_bytes"])
+    return [f"cluster          {estimate['workers']} workers of about {each}, and Ray's object store, come on top"]
 
 
 def _uncounted(estimate: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qtool.budget import blocks_of
+from qtool.budget import blocks_of, worker_bytes
 from qtool.job import Job
 from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
@@ -25,8 +25,11 @@ FORWARD_EFFICIENCY = 0.7
 SOLVER_OPERATIONS = 100_000
 
 
-def estimate_run(job: Job) -> dict[str, Any]:
-    """Size and bits per weight to the byte but for the header; memory and time to within some tens of percent."""
+def estimate_run(job: Job, workers: int = 0) -> dict[str, Any]:
+    """Size and bits per weight to the byte but for the header; memory and time to within some tens of percent.
+
+    workers: of a cluster; what they take is no part of `peak_rss_bytes`.
+    """
     model, plan, recipe, budget = job.model, job.plan, job.recipe, job.budget
     quantized = sum(t.n_parameters for t in plan if t.spec is not None)
     parameters = sum(t.n_parameters for t in plan)
@@ -37,6 +40,8 @@ def estimate_run(job: Job) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight((t.encoding, t.shape) for t in plan if t.is_block_linear),
         "quantized_share": quantized / parameters,
         "peak_rss_bytes": budget.peak_rss_bytes,
+        "workers": workers,
+        "worker_bytes": worker_bytes(plan, recipe.n_windows) if workers else 0,
         "work_bytes": budget.states_bytes,  # a target is measured by now
         "seconds": _seconds(model, plan, recipe),
         "layers": [

@@ -41,6 +41,8 @@ class Estimated(Figures):
     bits_per_weight: float
     quantized_share: float
     peak_rss_bytes: int
+    workers: int  # of a cluster, 0 without one; what they take comes on top
+    worker_bytes: int  # about, each
     work_bytes: int
     seconds: float
     layers: list[dict[str, Any]]  # name, bits, group_size, outliers, bytes

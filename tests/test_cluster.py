@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
 import signal
 
 import pytest
-from invoke import refusal, run_qtool
+from invoke import qtool_json, refusal, run_qtool
 
 from qtool import cluster
 from qtool.errors import ConfigError
@@ -102,6 +103,24 @@ def test_a_worker_with_other_versions_is_refused():
     work = Work(names=["a"], weights=[], specs=[], stats=[None])
     with pytest.raises(ConfigError, match=r"^--cluster: a worker has {'qtool': .* install the same on all machines$"):
         cluster._solve_there(work, 1, {"qtool": "0.0"})
+
+
+def test_a_dry_run_looks_at_the_cluster_and_says_what_its_workers_take(two_nodes, command, monkeypatch):
+    found = run_qtool(*command, "--cluster", two_nodes, "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    estimate = json.loads(found.stdout[found.stdout.index("{") :])
+    assert estimate["workers"] == 2 and estimate["worker_bytes"] > 500_000_000
+    line = next(line for line in run_qtool(*command, "--cluster", two_nodes, "--dry-run").stdout.splitlines()
+                if line.startswith("cluster "))  # fmt: skip
+    assert line.endswith(" MB, and Ray's object store, come on top") and "2 workers of about " in line
+    monkeypatch.setattr(cluster, "versions", lambda: {"qtool": "0.0"})
+    assert "--cluster: a worker has {'qtool': " in last_line(*command, "--cluster", two_nodes, "--dry-run")
+
+
+def test_a_dry_run_without_a_cluster_has_no_workers(command):
+    assert qtool_json(*command, "--dry-run")["workers"] == 0
+    message = refusal(*command, "--cluster", "127.0.0.1:1", "--dry-run")
+    assert message.startswith("--cluster 127.0.0.1:1: cannot be reached ([Errno 111] Connection refused)")
 
 
 def test_an_address_where_nothing_is(command):
