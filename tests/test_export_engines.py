@@ -10,10 +10,10 @@ from independent_layouts import decode_awq, decode_gptq, decode_pack_quantized, 
 from invoke import qtool_json, refusal, run_qtool
 from transformers import AutoTokenizer
 
+from formats.block_lists import BlockLists
 from formats.embedded import model_config
 from formats.export import folder as export_folder
 from formats.export.published import published_rows
-from formats.placement import block_of
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
 from formats.tensors import decode_tensor
@@ -29,8 +29,8 @@ def export(file, to, folder, *options):
 def expected(file):
     """Published module -> its weight [out, in] f32, and all tensors that are no quantized linear of a block."""
     with QtmFile.open(file) as opened:
-        model, block_list = build_skeleton(model_config(opened)), opened.header.model["blocks"]
-        packed = [n for n, e in opened.tensors.items() if block_of(n, block_list) is not None]
+        model, lists = build_skeleton(model_config(opened)), BlockLists.of(opened.header.model, opened.tensors)
+        packed = [n for n in opened.tensors if lists.number(n) is not None]
         packed = [n for n in packed if opened.tensors[n].encoding.name != "dense"]
         weights = {name: opened.layer(name).dequantize() for name in packed}
         published = published_rows(model, {name: len(weight) for name, weight in weights.items()})
