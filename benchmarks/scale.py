@@ -64,15 +64,16 @@ def main() -> None:
     args = options.parse_args()
     if max(args.at) + 2 > args.blocks:
         options.error(f"--at {max(args.at)}: must leave two of --blocks {args.blocks}, one to go on with and one more")
-    shutil.rmtree(args.work, ignore_errors=True)
+    work = args.work / "scale-models"  # a folder of its own, since it is removed
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        n_bytes = generate(args.work / "large", args.model, args.blocks)
-        generate(args.work / "small", args.model, 1)
+        n_bytes = generate(work / "large", args.model, args.blocks)
+        generate(work / "small", args.model, 1)
         print(f"{args.blocks} blocks, {n_bytes / 1e9:.1f} GB on disk", flush=True)
-        small = compress_whole(args.work / "small", args.calibration)
-        stamps, resumed = watch(args.work / "large", args.calibration, sorted(args.at))
+        small = compress_whole(work / "small", args.calibration)
+        stamps, resumed = watch(work / "large", args.calibration, sorted(args.at))
     finally:
-        shutil.rmtree(args.work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     limits = Limits()
     rows = [_row(f"{stamp.blocks} of {args.blocks}", stamp, limits) for stamp in stamps]
     rows.append(_row(f"killed and given again: 1 more, {resumed.blocks} done", resumed, limits))

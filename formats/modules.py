@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from formats.encoding import MatrixEncoding, Shape
-from formats.errors import FormatError
+from formats.errors import FormatError, error_context
 from formats.kernels.ops import linear, rows, tag_of
-from formats.skeleton import is_linear, split_name
+from formats.reader import QtmFile
+from formats.skeleton import is_linear, parameter_names, split_name
 
 
 class QuantLinear(nn.Module):
@@ -103,6 +104,18 @@ def _quantize_in_place(embedding: nn.Embedding, packed: QuantLinear) -> None:
     del embedding.weight
     embedding.__class__ = type(f"Quant{own.__name__}", bases, {})
     embedding.packed = packed
+
+
+def check_tensors(model: PreTrainedModel, file: QtmFile) -> None:
+    """FormatError unless the file has just the tensors that the model of its config has, in their shapes."""
+    for entry in file.tensors.values():
+        with error_context(f"{file.label}: {entry.label}"):
+            owner_of(model, entry.name, entry.shape[::-1] if entry.transposed else entry.shape)
+    for names in parameter_names(model).values():
+        if not any(name in file.tensors for name in names):
+            raise FormatError(
+                f"{file.label}: tensor {names[0]!r} is missing; the model's config implies it (SPEC 3.4.1)"
+            )
 
 
 def owner_of(model: PreTrainedModel, name: str, shape: Shape) -> nn.Module:

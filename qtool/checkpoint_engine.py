@@ -62,6 +62,17 @@ class EngineCheckpoint(HuggingFaceCheckpoint):
                 self._parts.setdefault(f"{module}.weight", {})[part] = shard
         return others | {weight: next(iter(parts.values())) for weight, parts in self._parts.items()}
 
+    def unused(self) -> list[str]:
+        """But for biases of zeros, which older programs stored for every linear."""
+        return [key for key in super().unused() if not self._is_zero_bias(key)]
+
+    def _is_zero_bias(self, key: str) -> bool:
+        module, part = split_name(key)
+        if part != "bias" or f"{module}.weight" not in self._parts:
+            return False
+        with self._open(self._shard_of[key]) as shard:
+            return not bool(shard.get_tensor(key).any())
+
     def _slice(self, shard: Any, key: str) -> Any:
         return _Decoded(self, key) if key in self._parts else super()._slice(shard, key)
 

@@ -129,6 +129,6 @@ def tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
     """
     from qtool.tasks import format_tasks
 
-    names = [name for name in tasks.split(",") if name.strip()]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     result = api.evaluate_tasks(model, tasks=names, **options).to_dict()
     emit(result, format_tasks(result), as_json)

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from formats.compiled import compiled
 from formats.layer import Layer, SparseOutliers
 from qtool.grid import Grid, UniformGrid, empty_block
 from qtool.ternary import TernaryGrid
@@ -22,10 +20,8 @@ STRIPE = 256
 """Rows at a time: a block of them and its errors stay in the cache of a core."""
 
 
-def compiled(function: Callable[..., None], **options: Any) -> Callable[..., None]:
-    """Divisions as in torch: by zero they give infinity."""
-    made = numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-    return cast(Callable[..., None], made)
+LOOP = {"nogil": True, "error_model": "numpy"}
+"""Divisions as in torch: by zero they give infinity."""
 
 
 def _round_uniform(
@@ -61,9 +57,9 @@ def _make_up(free: np.ndarray, chol: np.ndarray, j: int, rows: slice, errors: np
             later[t] -= share * errors[t]
 
 
-_round_uniform_compiled = compiled(_round_uniform)
-_round_ternary_compiled = compiled(_round_ternary)
-_make_up_compiled = compiled(_make_up, fastmath={"contract"})
+_round_uniform_compiled = compiled(_round_uniform, **LOOP)
+_round_ternary_compiled = compiled(_round_ternary, **LOOP)
+_make_up_compiled = compiled(_make_up, fastmath={"contract"}, **LOOP)
 
 
 def _round_block(
@@ -102,7 +98,7 @@ def _round_block(
             _make_up_compiled(free, chol, j, rows, error)
 
 
-_round_block_compiled = compiled(_round_block)
+_round_block_compiled = compiled(_round_block, **LOOP)
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,8 @@ class Request:
     def of(cls, options: dict[str, Any]) -> Request:
         """From the options of `qtool.compress`, model and output among them; ConfigError names what makes no sense."""
         rest = dict(options)
+        for name in ("layers", "ignore"):  # one alone is no list of letters
+            rest[name] = (rest[name],) if isinstance(rest[name], str) else rest[name]
         model, output, memory = os.fspath(rest.pop("model")), rest.pop("output"), rest.pop("max_memory")
         trust_remote_code, warn = rest.pop("trust_remote_code"), rest.pop("warn")
         work_dir, log_file = rest.pop("work_dir"), rest.pop("log_file")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from transformers import PreTrainedModel
 
 from formats.errors import FormatError, error_context
 from formats.ggml.blocks import FORMS, unpack
@@ -14,7 +15,9 @@ from formats.ggml.k_blocks import K_FORMS, unpack_k
 from formats.ggml.layers import layer_of
 from formats.ggml.levels import LEVELS, unpack_levels
 from formats.layer import Layer, QuantizedLinear
+from qtool.checkpoint import find_tensor
 from qtool.checkpoint_gguf import GgufCheckpoint
+from qtool.errors import CheckpointError
 
 DENSE_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 TERNARY = ("TQ1_0", "TQ2_0")
@@ -40,7 +43,12 @@ class GgufSource:
         stored = self.checkpoint.stored_tensor(name)
         if stored is None or stored.tensor_type.name in DENSE_TYPES:
             return None
-        kind = stored.tensor_type.name
+        kind, shape = stored.tensor_type.name, tuple(int(size) for size in reversed(stored.shape))
+        expected = tuple(find_tensor(self.checkpoint.model, name).shape)
+        if shape not in (expected, expected[::-1]):  # a matrix may be stored turned
+            raise CheckpointError(
+                f"{self.checkpoint.name}: tensor {stored.name} is {list(shape)}, the config implies {list(expected)}"
+            )
         order = self.checkpoint.row_order(stored.name, len(stored.data)) if stored.data.ndim == 2 else None
         with error_context(f"{self.checkpoint.name}: tensor {stored.name}"):
             layer = None if order is None else _layer(kind, stored.data[order])
@@ -51,6 +59,12 @@ class GgufSource:
 
 class _Checkpoint(GgufCheckpoint):
     """As it is read for compressing, but for types that are kept exactly."""
+
+    model: PreTrainedModel
+
+    def bind(self, model: PreTrainedModel) -> None:
+        self.model = model
+        super().bind(model)
 
     def stored_tensor(self, name: str) -> Any | None:
         """The one tensor of the file that makes the parameter `name`; None where there are none or several."""
@@ -93,8 +107,8 @@ def _layer(kind: str, rows: Rows) -> Layer | None:
     return _ternary(kind, rows) if kind in TERNARY else None
 
 
-def _ternary(kind: str, rows: Rows) -> Layer:
-    """-1, 0 and 1 times a scale for 256 weights: 2 bits of steps around a zero of 2."""
+def _ternary(kind: str, rows: Rows) -> Layer | None:
+    """-1, 0 and 1 times a scale for 256 weights: 2 bits of steps around a zero of 2. None for blocks with a 2."""
     from gguf import GGMLQuantizationType, dequantize
 
     values = dequantize(rows, GGMLQuantizationType[kind])
@@ -104,4 +118,5 @@ def _ternary(kind: str, rows: Rows) -> Layer:
     if not np.isfinite(scales).all():
         raise FormatError("a scale is NaN or infinite")
     signs = np.sign(values) * np.repeat(np.sign(scales.astype(np.float32)), 256, axis=1)
-    return QuantizedLinear(codes=(signs + 2).astype(np.uint8), scales=scales, zeros=None, bits=2, group_size=256)
+    layer = QuantizedLinear(codes=(signs + 2).astype(np.uint8), scales=scales, zeros=None, bits=2, group_size=256)
+    return layer if np.array_equal(layer.dequantize(), values) else None

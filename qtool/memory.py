@@ -14,8 +14,9 @@ from qtool.errors import ConfigError
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_size(text: str, option: str) -> int:
+def parse_size(size: str | int, option: str) -> int:
     """Bytes of `2GB`, `1.5GiB`, `800M` or a plain number."""
+    text = str(size)
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?|)B?", text.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
         raise ConfigError(f"{option} {text}: not a size; write it as 2GB, 1.5GiB or 800MB")

@@ -29,7 +29,7 @@ def build_recipe(
     seq_len: int,
     seed: int,
     embeddings: int | None,
-    target_size: str | None = None,
+    target_size: str | int | None = None,
     target_bits: float | None = None,
     fused: bool = False,
     independent: bool = False,
@@ -108,7 +108,7 @@ def _linears(
     method: str,
     number_format: str | None,
     effort: str,
-    outliers: str | None,
+    outliers: str | float | None,
     outlier_threshold: float | None,
     **values: Any,
 ) -> QuantSpec:
@@ -186,8 +186,9 @@ def _given(name: str, value: Any) -> str:
     return f"{_option(name)} {value}"
 
 
-def parse_share(text: str) -> float:
+def parse_share(share: str | float) -> float:
     """0.5% or 0.005 as 0.005."""
+    text = str(share)
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:

@@ -15,6 +15,10 @@ from qtool.errors import CheckpointError
 KNOWN_ORIGIN = re.compile(r"qtool:|gptqmodel:(?!0\.[0-8]\.)", re.IGNORECASE)
 """Who wrote version 1 of GPTQ with zeros that can be told: GPTQModel before 0.9 stored some as they were."""
 
+MAX_PATTERN = 1 << 16
+_REPEATED_REPEAT = re.compile(r"[*+}][^()]*\)[*+{]|\)[*+}?]*\)[*+{]")
+"""A repeat of a group that ends with, or has, a repeat: the time that it takes can double with every character."""
+
 
 class Scheme(ABC):
     """How linears are stored."""
@@ -83,6 +87,8 @@ class _Fields:
         return value
 
     def pattern(self, text: str) -> re.Pattern[str]:
+        if len(text) > MAX_PATTERN or _REPEATED_REPEAT.search(text):
+            raise self.refuse("pattern", text, "could take forever to match; name the modules")
         try:
             return re.compile(text)
         except re.error as error:
@@ -98,15 +104,21 @@ class _GptqScheme(Scheme):
     parts = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     main = "qweight"
 
-    def __init__(self, fields: _Fields, version: int, rules: list[tuple[re.Pattern[str], _Fields]]) -> None:
-        self._fields, self._version, self._rules = fields, version, rules
+    def __init__(
+        self, fields: _Fields, version: int, rules: list[tuple[re.Pattern[str], _Fields]], is_doubtful: bool
+    ) -> None:
+        """is_doubtful: zeros are of version 1, by a program that may have stored them otherwise."""
+        self._fields, self._version, self._rules, self._is_doubtful = fields, version, rules, is_doubtful
 
     def unpack(self, module: str, arrays: Arrays) -> Affine:
         own = next((fields for pattern, fields in self._rules if pattern.match(module)), self._fields)
         bits = own.integer("bits", gptq.BITS)
         n_words, out_features = _matrix(arrays, "qweight")
         shape = (out_features, n_words * 32 // bits)
-        return gptq.unpack_gptq(arrays, shape, bits, own.group_size(), self._version)
+        found = gptq.unpack_gptq(arrays, shape, bits, own.group_size(), self._version)
+        if self._is_doubtful and (found.zeros != 1 << bits - 1).any():  # whatever the config calls symmetric
+            raise _doubtful_zeros(self._fields)
+        return found
 
 
 def _gptq(fields: _Fields, assume_v1_zeros: bool) -> Scheme:
@@ -122,12 +134,17 @@ def _gptq(fields: _Fields, assume_v1_zeros: bool) -> Scheme:
         values = dict(fields.values) | (own if isinstance(own, dict) else {})
         rules.append((fields.pattern(text.removeprefix("+:").removeprefix("-:")), _Fields(values, fields.label)))
     symmetric = all(part.flag("sym", True) for part in (fields, *(own for _, own in rules)))
-    if version == 1 and not symmetric and not assume_v1_zeros and not _has_known_origin(fields):
-        raise CheckpointError(
-            f"{fields.label}: version 1 of gptq with zeros, by a program that may have stored them otherwise: what "
-            "they stand for is not known; --assume-v1-zeros takes them as stored less one"
-        )
-    return _GptqScheme(fields, version, rules)
+    is_doubtful = version == 1 and not assume_v1_zeros and not _has_known_origin(fields)
+    if is_doubtful and not symmetric:
+        raise _doubtful_zeros(fields)
+    return _GptqScheme(fields, version, rules, is_doubtful)
+
+
+def _doubtful_zeros(fields: _Fields) -> CheckpointError:
+    return CheckpointError(
+        f"{fields.label}: version 1 of gptq with zeros, by a program that may have stored them otherwise: what "
+        "they stand for is not known; --assume-v1-zeros takes them as stored less one"
+    )
 
 
 def _has_known_origin(fields: _Fields) -> bool:
@@ -199,6 +216,9 @@ def _names(target: str, module: str, fields: _Fields) -> bool:
 def _pack_quantized(fields: _Fields) -> Scheme:
     fields.choice("format", ("pack-quantized",))
     fields.choice("quantization_status", ("compressed",), "compressed")
+    for name in ("transform_config", "sparsity_config"):  # what they do to weights and inputs would be left out
+        if (value := fields.values.get(name)) and value != {"format": "dense"}:
+            raise fields.refuse(name, value, "import knows none")
     groups = []
     for name, value in fields.members("config_groups").items():
         group = _Fields(value if isinstance(value, dict) else {}, f"{fields.label}: {name}")

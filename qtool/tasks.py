@@ -134,26 +134,29 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _load(name: str, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer, the model in the arithmetic that all other measurements have."""
-    path = Path(name).expanduser()
+    """Model and tokenizer, in float32 on a CPU, in the device's own dtype on a GPU, whatever the source."""
+    from formats.device import default_dtype, ready_device
+
+    path, dtype = Path(name).expanduser(), default_dtype(ready_device(device))
     if path.suffix == ".qtm":
         from formats.embedded import load_tokenizer
         from formats.loader import load
 
         if not path.is_file():
             raise CheckpointError(f"{name}: no such file; give a .qtm file, a model folder or a hub id")
-        return load(path, device=device), load_tokenizer(path)
+        return load(path, device=device, dtype=dtype), load_tokenizer(path)
     if path.is_file():
         raise CheckpointError(f"{name}: neither a .qtm file nor a model folder; compress it first")
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from formats.skeleton import is_encoder_decoder
 
     try:
-        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(AutoConfig.from_pretrained(name)) else AutoModelForCausalLM
-        model: Any = auto.from_pretrained(name, dtype=torch.float32)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return model.to(device).eval(), tokenizer
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 

@@ -8,15 +8,14 @@ other bits choose a level in the subset that the move allows; SPEC 7.14 has the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from formats.compiled import compiled
 from formats.layer import Layer, SparseOutliers, TrellisLinear, TwoLevel
 from formats.trellis import SUBSETS, subsets
 from qtool.grid import Grid, empty_block, fit_ranges
@@ -54,7 +53,7 @@ def _extend(cost: np.ndarray, extended: np.ndarray, odd: np.ndarray, upper: np.n
         extended[first | np.uint64(1)] = c if c <= d else d
 
 
-_extend_compiled = cast(Callable[..., None], numba.njit(cache=True)(_extend))
+_extend_compiled = compiled(_extend)
 
 
 def _round_block(
@@ -121,7 +120,7 @@ def _round_block(
                     later[t] -= share * residual[t]
 
 
-_round_block_compiled = cast(Callable[..., None], numba.njit(parallel=True, cache=True)(_round_block))
+_round_block_compiled = compiled(_round_block, parallel=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,6 +123,15 @@ def test_an_option_without_sense_is_refused_as_on_the_command_line(tiny_files, o
         qtool.compress(tiny_files.model("llama"), output, bit=4)
 
 
+def test_one_pattern_is_no_list_of_letters(tiny_files):
+    """And sizes and shares may be numbers."""
+    options = {"calibration": str(tiny_files.text), "samples": 4, "seq_len": 64}
+    one, many = (qtool.dry_run(tiny_files.model("llama"), ignore=p, **options) for p in ("q_proj", ["q_proj"]))
+    assert one.left_dense == many.left_dense and one.layers
+    one, other = (qtool.api._request("m", max_memory=size, outliers=s) for size, s in ((10**9, 0.01), ("1GB", "1%")))
+    assert one.options == other.options and one.recipe == other.recipe
+
+
 def test_warnings_are_pythons_unless_taken(tiny_files, output):
     lines = []
     qtool.api._request(tiny_files.model("llama"), output, warn=lines.append).warn("one line")

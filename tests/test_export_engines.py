@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 
 from formats.block_lists import BlockLists
 from formats.embedded import model_config
+from formats.encoding import Dense
 from formats.export import folder as export_folder
 from formats.export.published import published_rows
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
 from formats.tensors import decode_tensor
+from formats.writer import Writer
 
 DECODE = {"gptq": decode_gptq, "compressed-tensors": decode_pack_quantized, "awq": decode_awq}
 PACKED = {"gptq": ".qweight", "compressed-tensors": ".weight_packed", "awq": ".qweight"}
@@ -244,3 +246,24 @@ def test_a_folder_that_exists_is_left_alone(tiny_files, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     export(file, "awq", tmp_path / "out", "--force")
     assert read_folder(tmp_path / "out")[0]["quant_method"] == "awq"
+
+
+@pytest.mark.parametrize("to", ["dense", "transformers", "gptq", "compressed-tensors", "awq", "gguf"])
+@pytest.mark.parametrize("change", ["one less", "one more"])
+def test_a_file_that_is_not_whole_is_not_exported(tiny_files, to, change, tmp_path):
+    """As it is not loaded: an engine would make up what is missing."""
+    gone, broken = "model.layers.0.mlp.up_proj.weight", tmp_path / "broken.qtm"
+    with QtmFile.open(tiny_files.wide("llama", "--sym")) as file, Writer(broken) as writer:
+        for name, entry in file.tensors.items():
+            if change == "one more" or name != gone:
+                writer.add_tensor(name, entry.shape, entry.encoding, file.section(entry))
+        if change == "one more":
+            writer.add_tensor("nothing.weight", (1, 1), Dense("F16"), bytes(2))
+        for name in file.files:
+            writer.add_file(name, file.read_file(name))
+        header = file.header
+        writer.finish(model=header.model, recipe=header.recipe, provenance=header.provenance, quality=header.quality)
+    message = refusal("export", broken, "--to", to, "-o", tmp_path / "out")
+    wanted = {"one less": f"tensor {gone!r} is missing", "one more": "'nothing.weight': the model's config has no such"}
+    assert wanted[change] in message
+    assert os.listdir(tmp_path) == ["broken.qtm"]

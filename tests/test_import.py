@@ -184,6 +184,48 @@ def test_version_1_with_zeros_of_doubtful_origin(gptq, tmp_path):
     assert_same(tmp_path / "back.qtm", tmp_path / "other.qtm")
 
 
+def test_version_1_that_is_called_symmetric_is_taken_at_its_numbers(gptq, tmp_path):
+    """Whatever the config says, or leaves out: with zeros that are not in the middle it is doubtful."""
+    edit_config(gptq, lambda config: [config.pop("sym"), config.update(checkpoint_format="gptq", meta={})])
+    assert "version 1 of gptq with zeros" in refusal("import", gptq, "-o", tmp_path / "back.qtm")
+    edit_tensors(gptq, lambda t: [t[key].fill_(0x77777777) for key in t if key.endswith("qzeros")])
+    import_(gptq, tmp_path / "back.qtm")
+    with QtmFile.open(tmp_path / "back.qtm") as opened:
+        assert (zeros_of(opened.layer(f"{Q_PROJ}.weight")) == 8).all()
+
+
+def test_biases_of_zeros_are_none(gptq, tmp_path):
+    """As AutoGPTQ stored them for every linear; any other is refused."""
+    import_(gptq, tmp_path / "plain.qtm")
+    edit_tensors(gptq, lambda t: t.update({f"{Q_PROJ}.bias": torch.zeros(64, dtype=torch.float16)}))
+    import_(gptq, tmp_path / "back.qtm")
+    assert_same(tmp_path / "plain.qtm", tmp_path / "back.qtm")
+    edit_tensors(gptq, lambda t: t[f"{Q_PROJ}.bias"].fill_(1))
+    message = refusal("import", gptq, "-o", tmp_path / "again.qtm")
+    assert f"tensor {Q_PROJ}.bias: import does not know what it does" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"transform_config": {"config_groups": {"v": {"type": "hadamard"}}}}, "transform_config "),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config "),
+    ],
+)
+def test_what_a_folder_does_besides_is_not_left_out(tiny_files, change, said, tmp_path):
+    folder = export(tiny_files.wide("llama", "--sym"), "compressed-tensors", tmp_path / "out")
+    edit_config(folder, lambda config: config.update(change))
+    message = refusal("import", folder, "-o", tmp_path / "back.qtm")
+    assert said in message and message.endswith("import knows none")
+
+
+@pytest.mark.parametrize("pattern", ["([a-z0-9_.]+)+!", "(a*)*b", "((a+))+", "(ab*){9}", "x" * 70_000])
+def test_patterns_that_could_take_forever(gptq, pattern, tmp_path):
+    edit_config(gptq, lambda config: config.update(dynamic={f"-:{pattern}": {}}))
+    message = refusal("import", gptq, "-o", tmp_path / "back.qtm")
+    assert message.endswith("could take forever to match; name the modules")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -49,7 +49,8 @@ def some_rows(kind, n_rows, n_inputs, seed=0):
     if kind == "MXFP4":
         raw[..., 0] = rng.integers(104, 143, raw.shape[:2])
     if kind == "TQ2_0":  # four twos of bits, none of which is 3
-        raw[..., :64] &= 0b10101010
+        fields = rng.integers(0, 3, (*raw.shape[:2], 64, 4)).astype(np.uint8)
+        raw[..., :64] = (fields << np.array([0, 2, 4, 6], np.uint8)).sum(-1).astype(np.uint8)
     if kind == "TQ1_0":
         values = rng.integers(-1, 2, (n_rows, n_inputs)).astype(np.float32)
         return quants.quantize(values, GGMLQuantizationType[kind])
@@ -123,6 +124,23 @@ def test_a_type_that_no_encoding_holds(model, tmp_path):
     assert source.layer(Q_PROJ) is None
     assert source.decoded == {Q_PROJ: "IQ4_XS: no encoding holds it; stored as float32"}
     assert source.checkpoint.stored_dtype(Q_PROJ) == "F32"
+
+
+def test_a_2_among_ternary_values_is_not_flattened(model, tmp_path):
+    plain = write_gguf(model, tmp_path / "plain.gguf")
+    rows = some_rows("TQ2_0", 256, 256)
+    rows[:, 0] = 0xFF
+    source, _ = opened(file_with(tmp_path / "x.gguf", plain, "blk.0.attn_q.weight", "TQ2_0", rows))
+    assert source.layer(Q_PROJ) is None
+    assert source.decoded == {Q_PROJ: "TQ2_0: no encoding holds it; stored as float32"}
+
+
+def test_a_tensor_of_another_shape_is_refused(model, tmp_path):
+    plain = write_gguf(model, tmp_path / "plain.gguf")
+    rows = some_rows("Q8_0", 254, 256)
+    source, _ = opened(file_with(tmp_path / "x.gguf", plain, "blk.0.attn_q.weight", "Q8_0", rows))
+    with pytest.raises(CheckpointError, match=r"attn_q.weight is \[254, 256\], the config implies \[256, 256\]$"):
+        source.layer(Q_PROJ)
 
 
 def test_scales_that_are_no_numbers(model, tmp_path):

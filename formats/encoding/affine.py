@@ -103,9 +103,10 @@ class ProductParts(Composite, RowComponent):
         """[rows of index, G] f32."""
         codes, units = (held[name][index] for name in self.names)
         values = codes.float()
+        n_shared = min(self.n_groups, values.shape[1])  # what a header says of it has no bound
         if self.symmetric:
             values -= float(1 << (self.bits - 1))
-        return values.mul_(units.float().repeat_interleave(self.n_groups, dim=1)[:, : values.shape[1]])
+        return values.mul_(units.float().repeat_interleave(n_shared, dim=1)[:, : values.shape[1]])
 
 
 def check_affine(bits: int, group_size: int, symmetric: bool, stat_bits: int, stat_groups: int) -> None:

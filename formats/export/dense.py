@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from formats.embedded import config_dict, model_config
@@ -13,6 +14,7 @@ from formats.experts import fuse_experts
 from formats.export.card import Loading
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.export.report import ExportReport
+from formats.modules import check_tensors
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton
 from formats.tensors import decode_tensor
@@ -24,14 +26,16 @@ LOADING = Loading(format="dense")
 
 def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> ExportReport:
     """Write the folder. float32 holds the decoded values exactly; who names another dtype wants them rounded."""
-    config = config_dict(file) | {"dtype": dtype}
-    files = write_folder(file, folder, _decoded(file, DTYPES[dtype]), config, overwrite=overwrite, loading=LOADING)
+    model, config = build_skeleton(model_config(file), file.tensors), config_dict(file) | {"dtype": dtype}
+    check_tensors(model, file)
+    files = write_folder(
+        file, folder, _decoded(file, model, DTYPES[dtype]), config, overwrite=overwrite, loading=LOADING
+    )
     return ExportReport(files=files, losses=[])
 
 
-def _decoded(file: QtmFile, dtype: torch.dtype) -> Iterator[Tensors]:
+def _decoded(file: QtmFile, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[Tensors]:
     """The tensors of each block, under the names that checkpoints use."""
-    model = build_skeleton(model_config(file), file.tensors)
     for names in names_by_block(file):
         tensors = {name: decode_tensor(file, file.tensors[name]).to(dtype) for name in names}
         # transformers fuses some tensors on loading; on disk they have their published names.

@@ -28,7 +28,7 @@ from formats.export.report import ExportReport, Loss
 from formats.header import TensorEntry
 from formats.layer import QuantizedLinear
 from formats.layouts.affine import take_rows
-from formats.modules import owner_of
+from formats.modules import check_tensors, owner_of
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, is_linear, split_name
 from formats.tensors import decode_tensor
@@ -108,7 +108,8 @@ class _Export:
     def __init__(self, file: QtmFile, engine: Engine, dtype: str | None) -> None:
         self._file, self._engine = file, engine
         self._lists = BlockLists.of(file.header.model, file.tensors)
-        self._model: PreTrainedModel = build_skeleton(model_config(file))
+        self._model: PreTrainedModel = build_skeleton(model_config(file), file.tensors)
+        check_tensors(self._model, file)
         self._blocks = [(names, self._linears_of(names)) for names in names_by_block(file)]
         linears = [linear for _, found in self._blocks for linear in found]
         self._linears = {linear.entry.name for linear in linears if linear.is_quantized}

@@ -24,7 +24,9 @@ from formats.ggml.file import TensorInfo, Value, check_free, write_gguf
 from formats.ggml.fit import fit
 from formats.ggml.types import SUPER_BLOCK, TYPES
 from formats.header import TensorEntry
+from formats.modules import check_tensors
 from formats.reader import QtmFile
+from formats.skeleton import build_skeleton
 from formats.tensors import decode_tensor
 
 Importance = Mapping[str, npt.NDArray[np.floating[Any]]]
@@ -98,6 +100,7 @@ class _Export:
         if self.requested not in (None, *REQUESTED):
             raise FormatError(f"gguf_type={gguf_type!r}: must be one of {', '.join(REQUESTED).lower()}")
         config = model_config(file)
+        check_tensors(build_skeleton(config, file.tensors), file)
         self._lists = BlockLists.of(file.header.model, file.tensors)
         with error_context(file.label):
             self.model = GgufModel(config, next(iter(self._lists.names), ""))

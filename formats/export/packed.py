@@ -16,7 +16,7 @@ from formats.export.card import Loading
 from formats.export.folder import Tensors, names_by_block, write_folder
 from formats.export.report import ExportReport
 from formats.header import TensorEntry
-from formats.modules import owner_of, section_name, takes_sections
+from formats.modules import check_tensors, owner_of, section_name, takes_sections
 from formats.plugin import METHOD
 from formats.reader import QtmFile
 from formats.skeleton import build_skeleton, parameter_names
@@ -28,6 +28,7 @@ LOADING = Loading(format="transformers", packages=("qtool",), imports="qtool")
 def export_packed(file: QtmFile, folder: Path, *, overwrite: bool = False) -> ExportReport:
     """Write the folder: sections as tensors of bytes, the rest as it is stored."""
     model = build_skeleton(model_config(file), file.tensors)
+    check_tensors(model, file)
     packed = {name: entry for name, entry in file.tensors.items() if _is_packed(file, model, entry)}
     for first, *others in parameter_names(model).values():
         for name in others:

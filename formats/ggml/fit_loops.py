@@ -7,11 +7,13 @@ given integers is a least-squares problem in closed form; which integers are bes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from formats.compiled import compiled
 
 Array: TypeAlias = npt.NDArray[Any]
 NO_MIN, ANY_MIN, FALLING_MIN = 0, 1, 2
@@ -190,11 +192,11 @@ def _add_sums(x: Array, w: Array, codes: Array, s: int, m: int, sums: Array) -> 
 
 
 def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], numba.njit(cache=True, nogil=True, fastmath=True)(function))
+    return compiled(function, nogil=True, fastmath=True)
 
 
 def _outer(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], numba.njit(cache=True, parallel=True, fastmath=True)(function))
+    return compiled(function, parallel=True, fastmath=True)
 
 
 # In the order in which they call each other: the inner ones are compiled into the outer ones.

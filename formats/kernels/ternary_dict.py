@@ -6,12 +6,12 @@ Whatever the bytes are, nothing is read or written beyond its array: a compiled 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from formats.compiled import compiled
 from formats.encoding.ternary_dict import MAX_PAIRS
 from formats.ternary import LENGTH_BIT
 
@@ -96,7 +96,7 @@ def _lengths(codewords: Array, offsets: Array, phrases: Array, lengths: Array) -
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], numba.njit(cache=True, nogil=True)(function))
+    return compiled(function, nogil=True)
 
 
 encode, decode, lengths = (_compiled(each) for each in (_encode, _decode, _lengths))

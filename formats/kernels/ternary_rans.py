@@ -7,12 +7,12 @@ are, nothing is read or written beyond its array: a compiled loop does not check
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from formats.compiled import compiled
 from formats.encoding.ternary_rans import LANES, VALUES
 from formats.encoding.ternary_rans import LOWEST as _LOWEST
 from formats.encoding.ternary_rans import SLOTS as _SLOTS
@@ -25,7 +25,7 @@ WRONG_WORDS, WRONG_STATE = 1, 2
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], numba.njit(cache=True, nogil=True)(function))
+    return compiled(function, nogil=True)
 
 
 def _symbols_of(codes: Array, symbols: Array, counts: Array) -> None:

@@ -48,7 +48,8 @@ def unpack_quantized(arrays: Arrays, shape: tuple[int, int], bits: int, group_si
         raise FormatError(f"weight_shape is {stated}: must be {list(shape)}")
     n_groups, middle = -(-in_features // group_size), 1 << (bits - 1)
     zeros = np.full((out_features, n_groups), middle, np.int32)
-    if not symmetric:  # packed along the outputs, and a zero counts from the middle as a code does
+    # Packed along the outputs, and a zero counts from the middle as a code does.
+    if not symmetric or "weight_zero_point" in arrays:
         packed = take(arrays, "weight_zero_point", "i4", (stream_words(out_features, bits), n_groups))
         words = np.ascontiguousarray(packed.view(np.uint32).T)
         zeros = np.ascontiguousarray(unpack_stream(words, bits, out_features).T).astype(np.int32)
