@@ -127,7 +127,9 @@ def count_workers(address: str) -> int:
 
 def versions() -> dict[str, str]:
     """What has to be alike on all machines."""
-    return {"qtool": qtool.__version__, "torch": torch.__version__, "numpy": version("numpy")}
+    libraries = {name: version(name) for name in ("numpy", "numba")}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"qtool": qtool.__version__, "torch": torch.__version__, "instructions": instructions} | libraries
 
 
 def _solve_there(work: Work, n_threads: int, wanted: dict[str, str]) -> list[Solved]:

@@ -205,7 +205,9 @@ def _predictions(models: list[BlockwiseModel], windows: Windows) -> Iterator[lis
     seq_len = windows.sample.seq_len
     in_batch = windows_per_batch(seq_len)
     widths = sum(int(model.config.hidden_size) for model in models)
-    in_round = max(STATES_BYTES // (4 * seq_len * widths * in_batch), 1) * in_batch
+    # A mixture's tokens lie on disk meanwhile, what it reads and what it gives: as large as the states each.
+    copies = 3 if any(model.mixture(i) for model in models for i in range(len(model.blocks))) else 1
+    in_round = max(STATES_BYTES // (4 * seq_len * widths * in_batch * copies), 1) * in_batch
     rounds = list(windows.split(in_round))
     n_batches = sum(-(-len(ids) // in_batch) for ids, _ in rounds)
     total = len(rounds) * sum(len(model.blocks) for model in models) + n_batches
