@@ -4,7 +4,8 @@
 
 Files of two sizes are generated, Llamas of packed random layers with 16-bit embeddings, and loaded in a process of
 their own to torch's meta device: mapped, verified, checked and sent through the upload buffers as to a GPU, which is
-all that the host does. What CUDA itself takes of the host's memory comes on top. It fails above 500 MB.
+all that the host does. What CUDA itself takes of the host's memory comes on top, and some 30 MB where
+scipy and accelerate are installed, which qtool does not need and transformers imports. It fails above 500 MB.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ HIDDEN, INTERMEDIATE, VOCAB, GROUP = 2048, 5632, 49152, 64
 BLOCKS = 16, 96
 LIMIT_BYTES = 500e6
 CHILD = """
-import json, sys, torch
+import json, sys
+sys.modules.update(dict.fromkeys(("accelerate", "scipy", "sklearn")))  # as if they were not installed
+import torch
 from formats.build import build_model
 from formats.placement import Placement, Sizes
 from formats.reader import QtmFile, verify_file
