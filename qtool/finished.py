@@ -12,6 +12,7 @@ from formats.device import ready_device
 from formats.reader import QtmFile
 from qtool.errors import CheckpointError, ConfigError
 from qtool.numerics import quiet_transformers
+from qtool.recipe import one_of
 
 if TYPE_CHECKING:
     from formats.export.report import ExportReport
@@ -59,6 +60,8 @@ def run_export(
     overwrite: bool = False,
 ) -> ExportReport:
     """Write FILE in the format `to`."""
+    if dtype is not None:
+        one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
     if to in ("transformers", "gguf") and dtype is not None:
         hint = "give it to from_pretrained, or leave it out" if to == "transformers" else "leave it out"
         raise ConfigError(f"--dtype {dtype}: is not for --to {to}; {hint}")

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from calibration.corpus import Text, evaluation_windows, sample_sha256, tokenize
 from calibration.windows import Ids
 from qtool.errors import ConfigError
+from qtool.recipe import one_of
 
 ProtocolName = Literal["gptq", "llama.cpp"]
 _DEFAULT_SEQ_LEN: dict[ProtocolName, int] = {"gptq": 2048, "llama.cpp": 512}
@@ -44,6 +45,7 @@ class Protocol:
     max_windows: int | None = None
 
     def __post_init__(self) -> None:
+        one_of("protocol", self.name, tuple(_DEFAULT_SEQ_LEN))
         if self.stride is not None and self.name != "gptq":
             raise ConfigError(
                 f"--stride {self.stride}: windows of --protocol {self.name} stand side by side; use --protocol gptq"

@@ -123,6 +123,21 @@ def test_an_option_without_sense_is_refused_as_on_the_command_line(tiny_files, o
         qtool.compress(tiny_files.model("llama"), output, bit=4)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda file: qtool.evaluate(file, protocol="llamacpp"), "protocol='llamacpp': must be one of gptq, llama.cpp"),
+        (lambda file: qtool.export(file, "out", to="dense", dtype="f64"), "dtype='f64': must be one of float32"),
+        (lambda file: qtool.export(file, "out", to="onnx"), "to='onnx': must be one of dense"),
+        (lambda file: qtool.plot([file], size="foo"), "size='foo': must be one of bits"),
+    ],
+)
+def test_what_the_command_line_has_no_words_for_is_refused_here_too(tiny_files, call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        call(tiny_files.compressed("llama"))
+
+
 def test_one_pattern_is_no_list_of_letters(tiny_files):
     """And sizes and shares may be numbers."""
     options = {"calibration": str(tiny_files.text), "samples": 4, "seq_len": 64}

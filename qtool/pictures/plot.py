@@ -12,6 +12,7 @@ from qtool.pictures.markup import Markup, element
 from qtool.pictures.page import figure, html_page, standalone_svg, table
 from qtool.pictures.results import MEASURED, RECORDED, Gathered, Subject, gather
 from qtool.publish import check_page, write_page
+from qtool.recipe import one_of
 from qtool.sizes import format_bytes
 
 SIZES: dict[str, tuple[str, Callable[[Subject], float]]] = {
@@ -62,6 +63,7 @@ def _best_measured(subjects: Sequence[Subject]) -> str:
 
 
 def _chart(gathered: Gathered, metric: str, size: str) -> Chart:
+    one_of("size", size, tuple(SIZES))
     label, take = SIZES[size]
     points = []
     for name, subject in zip(_names(gathered.subjects), gathered.subjects, strict=True):
