@@ -34,7 +34,7 @@ LOGITS_COPIES = 9  # of the logits, where tokens are drawn from them and their l
 HEADER_ROOM_BYTES = 16_000_000  # a generous bound: the header is written last, when it would be sad to fail
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """How a run keeps to its memory."""
 
@@ -42,6 +42,7 @@ class Budget:
     peak_rss_bytes: int  # a bound for the whole run
     states_bytes: int  # of all files of hidden states on disk, besides those of measuring
     measuring_bytes: int = 0  # of all that a target takes on disk while it is measured
+    expert_batches: int = 1  # in memory together, one for each worker of a cluster at most
     max_memory_bytes: int | None = None
 
     def check_now(self, what: str) -> None:
@@ -51,21 +52,39 @@ class Budget:
 
 
 def plan_budget(
-    model: BlockwiseModel, plan: list[TensorPlan], recipe: Recipe, max_memory_bytes: int | None = None
+    model: BlockwiseModel,
+    plan: list[TensorPlan],
+    recipe: Recipe,
+    max_memory_bytes: int | None = None,
+    workers: int = 1,
 ) -> Budget:
-    """The largest batches that keep to `max_memory_bytes`; ConfigError names the least that the run needs."""
+    """The largest batches that keep to `max_memory_bytes`; ConfigError names the least that the run needs.
+
+    workers: of a cluster, which solve a batch of experts each; the process has all of these in memory
+    """
     seq_len, n_windows = model.window_length(recipe.calibration.seq_len), recipe.n_windows
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
     windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.sources
+    experts = workers if any(tensor.is_expert for tensor in plan) else 1
     while True:
         n_tokens = windows * seq_len if n_windows else 0
-        peak = _peak_rss_bytes(model, plan, n_tokens, seq_len, measures=recipe.target is not None)
+        peak = _peak_rss_bytes(model, plan, n_tokens, seq_len, experts, measures=recipe.target is not None)
         if n_windows and samples_itself:
             peak = max(peak, _sampling_bytes(model, plan, seq_len))
         if max_memory_bytes is None or peak <= max_memory_bytes:
             measuring = _measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
             n_files = 2 + recipe.independent + len(EXPERT_FILES) * any(tensor.is_expert for tensor in plan)
-            return Budget(windows, peak, n_files * states_bytes, measuring if recipe.target else 0, max_memory_bytes)
+            return Budget(
+                windows_per_batch=windows,
+                peak_rss_bytes=peak,
+                states_bytes=n_files * states_bytes,
+                measuring_bytes=measuring if recipe.target else 0,
+                expert_batches=experts,
+                max_memory_bytes=max_memory_bytes,
+            )
+        if experts > 1:  # first, since it does not change how sums are rounded
+            experts //= 2
+            continue
         if windows == 1 or not n_windows:
             raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")
         windows //= 2
@@ -83,7 +102,7 @@ def _measuring_bytes(states_bytes: int, n_windows: int, seq_len: int, windows_pe
 
 
 def _peak_rss_bytes(
-    model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int, *, measures: bool
+    model: BlockwiseModel, plan: list[TensorPlan], n_tokens: int, seq_len: int, expert_batches: int, *, measures: bool
 ) -> int:
     """The largest of the moments of a run: a tensor outside the blocks is packed, a block is run, a layer is solved."""
     largest = max((6 * t.n_parameters for t in plan if not t.in_block), default=0)  # float32, and as it was stored
@@ -95,7 +114,7 @@ def _peak_rss_bytes(
         moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + LOGITS_COPIES * 4 * logits)
     for tensors in blocks_of(model, plan):
         if not measures:  # a target's measuring has all experts in memory
-            moments += _expert_moments([t for t in tensors if t.is_expert], n_tokens)
+            moments += _expert_moments([t for t in tensors if t.is_expert], n_tokens, expert_batches)
             tensors = [t for t in tensors if not t.is_expert]
         weights = 4 * sum(t.n_parameters for t in tensors)
         # As float32 and as stored; fused tensors are put together from their parts, which doubles them.
@@ -119,12 +138,12 @@ def _peak_rss_bytes(
     return int(INTERPRETER_BYTES + compiler + SLACK * max(moments))
 
 
-def _expert_moments(experts: list[TensorPlan], n_tokens: int) -> list[int]:
+def _expert_moments(experts: list[TensorPlan], n_tokens: int, batches: int = 1) -> list[int]:
     """Bytes while some experts of a block are in memory: they are calibrated, or one of their linears is solved."""
     if not experts:
         return []
     one = max(sum(t.n_parameters + t.shape[-1] ** 2 for t in experts[:4]), 1)
-    together = 4 * EXPERT_COPIES * (BATCH_ELEMENTS + one)
+    together = 4 * EXPERT_COPIES * batches * (BATCH_ELEMENTS + one)
     activations = 4 * 4 * max(n_tokens, TOKENS_PER_BATCH) * max(max(t.shape) for t in experts)
     solver = max((_solver_bytes(t, calibrated=bool(n_tokens)) for t in experts if t.spec is not None), default=0)
     return [together + activations + solver]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +103,6 @@ def options_for_engine(
     rules_of(engine)
     with quiet_transformers():
         shapes = shapes_of(blockwise_model(_open_original(model, trust_remote_code)))
-    with suppress(re.error):  # which the recipe refuses, by name
-        shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
     return options_for(engine, options, shapes)
 
 
@@ -137,8 +133,8 @@ def dry_run(request: Request) -> Estimated:
     with quiet_transformers(), exact_float32():
         checkpoint = _open_original(request.model, request.trust_remote_code)
         reset_peak()
-        job = prepare(checkpoint, request.recipe, options, warn)
         workers = count_workers(options.cluster) if options.cluster else 0
+        job = prepare(checkpoint, request.recipe, options, warn, max(workers, 1))
         if request.recipe.target is not None:
             with Journal(request.output, options.work_dir) as journal:
                 job = meet_target(job, options, journal, warn)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
 
+from formats.export.gptq import MERGED
 from formats.skeleton import is_transposed_linear
 from qtool.errors import ConfigError
 from qtool.model import BlockwiseModel
@@ -25,12 +28,13 @@ class EngineRules:
     embeddings: tuple[int, ...] = (16,)
     multiple: tuple[int, int] = (1, 1)  # of outputs and of inputs
     mixes: bool = True  # whether layers may have different bits
+    merges: bool = False  # whether it runs what MERGED names as one matrix, which has one width or none
 
 
 ENGINES: dict[str, EngineRules] = {
-    # The fast kernel behind the first three, MARLIN, has no zeros.
+    # The fast kernel behind the first three, MARLIN, has no zeros; its tiles are 64 outputs by 128 inputs.
     "gptq": EngineRules(bits=(4, 2, 3, 8), multiple=(32, 32)),
-    "vllm": EngineRules(bits=(4, 8), multiple=(64, 32)),
+    "vllm": EngineRules(bits=(4, 8), multiple=(64, 128), merges=True),
     "compressed-tensors": EngineRules(bits=(4, 2, 3, 5, 6, 7, 8)),
     "awq": EngineRules(bits=(4,), symmetric=(False, True), multiple=(8, 1), mixes=False),
     **{
@@ -70,7 +74,7 @@ def rules_of(engine: str) -> EngineRules:
 def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """The options of a command, what is open in them chosen for an engine; ConfigError where two do not agree.
 
-    options: as `build_recipe` takes them; shapes: [out, in] of every linear of the blocks that will be quantized
+    options: as `build_recipe` takes them; shapes: [out, in] of every linear of the blocks
     """
     rules = rules_of(engine)
     for name, allowed in NEEDED.items():
@@ -79,6 +83,10 @@ def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tu
     _check(engine, "embeddings", options.get("embeddings"), rules.embeddings)
     _check(engine, "bits", options.get("bits"), rules.bits)
     _check_layers(engine, rules, options)
+    with suppress(re.error):  # which the recipe refuses, by name
+        if rules.merges:
+            _check_merged(engine, rules, options, shapes)
+        shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
     _check_shapes(engine, rules, shapes)
     chosen = {
         "embeddings": rules.embeddings[0],
@@ -89,7 +97,7 @@ def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tu
         chosen["symmetric"] = rules.symmetric[0]
     if options["method"] != "rtn":
         chosen["input_scales"] = False  # the solver's; rounding to nearest has none
-    if options.get("target_size") is not None or options.get("target_bits") is not None:
+    if _has_target(options):
         chosen |= {"fused": True, "widths": tuple(sorted(rules.bits))}  # vLLM runs q, k and v as one matrix
     elif options.get("bits") is None:
         chosen["bits"] = rules.bits[0]
@@ -123,19 +131,52 @@ def _check_layers(engine: str, rules: EngineRules, options: Mapping[str, Any]) -
             if options.get(name) is not None:
                 given = _given(name, options[name])
                 raise ConfigError(f"--for {engine}: has one width, {given} mixes them; leave one of the two out")
-    for text in options.get("layers", ()):
+    for text in options["layers"]:
         bits = text.rpartition("=")[2]
         if bits.isdigit() and int(bits) not in (rules.bits if rules.mixes else rules.bits[:1]):
             raise ConfigError(f"--for {engine}: bits must be {_either(rules.bits)}, --layer {text} is something else")
 
 
+def _check_merged(engine: str, rules: EngineRules, options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse --layer and --ignore where they tell apart what the engine runs as one matrix."""
+    treated = {name: _treatment(name, rules, options) for name in names}
+    for first in treated:
+        for lead, *rest in MERGED.values():
+            own = [first, *(first.replace(lead, part) for part in rest)]
+            if not first.endswith(f".{lead}.weight") or not treated.keys() >= set(own):
+                continue
+            if len({treated[name][0] for name in own}) > 1:
+                option = next(option for _, option in (treated[name] for name in own) if option)
+                raise ConfigError(
+                    f"--for {engine}: runs {_either(own, 'and')} as one matrix, of which {option} takes a part; "
+                    "let its pattern match all of them or none"
+                )
+
+
+def _treatment(name: str, rules: EngineRules, options: Mapping[str, Any]) -> tuple[str, str]:
+    """(bits of a tensor, or none, or a target's choice; the option that says so)."""
+    for pattern in options["ignore"]:
+        if re.search(pattern, name):
+            return "none", f"--ignore {pattern}"
+    for text in options["layers"]:
+        pattern, _, bits = text.rpartition("=")
+        if re.search(pattern, name):
+            return bits, f"--layer {text}"
+    return "chosen" if _has_target(options) else str(options.get("bits") or rules.bits[0]), ""
+
+
+def _has_target(options: Mapping[str, Any]) -> bool:
+    return options.get("target_size") is not None or options.get("target_bits") is not None
+
+
 def _check_shapes(engine: str, rules: EngineRules, shapes: Mapping[str, tuple[int, int]]) -> None:
+    other = ", or take --for gptq, which slower kernels run" if engine == "vllm" else ""
     for name, shape in shapes.items():
         for size, multiple, what in zip(shape, rules.multiple, ("outputs", "inputs"), strict=True):
             if size % multiple:
                 raise ConfigError(
                     f"--for {engine}: {name} has {size} {what}, the engine takes multiples of {multiple}; "
-                    "leave it dense by --ignore"
+                    f"leave it dense by --ignore{other}"
                 )
 
 
@@ -166,6 +207,6 @@ def _given(name: str, value: Any) -> str:
     return f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
 
 
-def _either(values: Iterable[Any]) -> str:
+def _either(values: Iterable[Any], word: str = "or") -> str:
     *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last
+    return f"{', '.join(most)} {word} {last}" if most else last

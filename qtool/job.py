@@ -56,8 +56,10 @@ class Job:
         return batch | {SPREAD_BITS: {t.name: key_of(t.spec) for t in self.plan if t.spec is not None}}
 
 
-def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None]) -> Job:
-    """Decide everything but what a target has to measure."""
+def prepare(
+    checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: Callable[[str], None], workers: int = 1
+) -> Job:
+    """Decide everything but what a target has to measure; `workers`: that solve at a time."""
     tokenizer = checkpoint.tokenizer()  # first: the cheapest thing that can be missing
     model = blockwise_model(checkpoint)
     if unused := checkpoint.unused():
@@ -71,7 +73,7 @@ def prepare(checkpoint: Checkpoint, recipe: Recipe, options: RunOptions, warn: C
         tokenizer=tokenizer,
         recipe=recipe,
         plan=plan,
-        budget=plan_budget(model, plan, recipe, options.max_memory_bytes),
+        budget=plan_budget(model, plan, recipe, options.max_memory_bytes, workers),
         files=files,
         read_sources=cache(partial(source_files, checkpoint)),
     )

@@ -55,8 +55,8 @@ class _Reached(Exception):
 class Mixture:
     """The experts of one block."""
 
-    def __init__(self, model: BlockwiseModel, index: int, name: str, workers: int = 1) -> None:
-        """workers: how many solve a part of the experts that are in memory."""
+    def __init__(self, model: BlockwiseModel, index: int, name: str, n_batches: int = 1) -> None:
+        """n_batches: of `BATCH_ELEMENTS`, in memory together."""
         self.model, self.index, self.name = model, index, name
         module = model.skeleton.get_submodule(name)
         assert isinstance(module, SeparateExperts)
@@ -66,7 +66,7 @@ class Mixture:
             number = expert_with(model.skeleton, tensor)
             if number is not None:
                 self._names.setdefault(number, []).append(tensor)
-        self._in_memory = workers * max(1, BATCH_ELEMENTS // max(map(self._elements, self._names), default=1))
+        self._in_memory = n_batches * max(1, BATCH_ELEMENTS // max(map(self._elements, self._names), default=1))
 
     def _elements(self, number: int) -> int:
         """Of an expert: its tensors, and the statistics of its linears."""
@@ -289,7 +289,7 @@ def run_block(model: BlockwiseModel, index: int, hidden: list[Tensor]) -> Iterat
 
 
 def visit_block(
-    model: BlockwiseModel, index: int, states: HiddenStates | None, min_tokens: int, handle: Handle, workers: int = 1
+    model: BlockwiseModel, index: int, states: HiddenStates | None, min_tokens: int, handle: Handle, n_batches: int = 1
 ) -> tuple[int | None, dict[str, dict[str, list[int]]]]:
     """Calibrate and handle a block that has its own weights, its experts a few at a time where it is a mixture, and
     make the next block's input.  -> the checksum of that, and what is to be told of the experts by their mixture
@@ -300,7 +300,7 @@ def visit_block(
     name = model.mixture(index)
     if name is None:
         return advance(model, index, states), {}
-    mixture = Mixture(model, index, name, workers)
+    mixture = Mixture(model, index, name, n_batches)
     if states is None:
         mixture.visit(handle)
         return None, {}

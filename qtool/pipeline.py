@@ -46,7 +46,7 @@ def compress(
         log = stack.enter_context(RunLog(options.log_file))
         journal = stack.enter_context(Journal(output, options.work_dir))
         solver = stack.enter_context(RayCluster(options.cluster)) if options.cluster else Here()
-        job = prepare(checkpoint, recipe, options, warn)
+        job = prepare(checkpoint, recipe, options, warn, solver.workers)
         if recipe.target is not None:
             if not options.restart:
                 journal.refuse_other(job.identity(), 1 + len(job.model.blocks))

@@ -1,17 +1,30 @@
 """`compress --for`: what is left open is chosen, what is given and does not go is refused, and the export is exact."""
 
 import json
+import re
 
 import pytest
 from independent_layouts import read_folder
 from invoke import qtool_json, refusal, run_qtool
+from tiny import make_model
 
 from formats.reader import QtmFile
 from qtool.engines import ENGINES, options_for
 from qtool.errors import ConfigError
 
 SHAPES = {"a.q_proj.weight": (576, 576), "a.down_proj.weight": (576, 1536)}
-OPEN = {"method": "gptq", "symmetric": None, "bits": None, "group_size": None, "embeddings": None, "layers": ()}
+OPEN = {
+    "method": "gptq",
+    "symmetric": None,
+    "bits": None,
+    "group_size": None,
+    "embeddings": None,
+    "layers": (),
+    "ignore": (),
+}
+
+
+WIDE = {f"0.{part}_proj.weight": (128, 256) for part in ("q", "k", "v", "o", "gate", "up")}
 
 
 def chosen(engine, shapes=SHAPES, **given):
@@ -24,17 +37,17 @@ def test_the_largest_group_that_divides_every_row():
     assert chosen("gptq", {"a": (64, 4096), "b": (64, 96)})["group_size"] == 32
     assert chosen("compressed-tensors", {"a": (64, 100)})["group_size"] == -1
     assert chosen("gguf:q4_0")["group_size"] == 32
-    assert chosen("vllm", group_size=32)["group_size"] == 32
+    assert chosen("vllm", WIDE, group_size=32)["group_size"] == 32
 
 
 def test_what_is_chosen():
-    found = chosen("vllm")
+    found = chosen("vllm", WIDE)
     assert (found["bits"], found["symmetric"], found["embeddings"], found["input_scales"]) == (4, True, 16, False)
     assert chosen("awq")["symmetric"] is False
     assert chosen("awq", symmetric=True)["symmetric"] is True
     assert chosen("gguf:q5_0")["bits"] == 5 and chosen("gguf:q5_0")["embeddings"] == 8
     assert chosen("gptq", bits=3)["bits"] == 3
-    found = chosen("vllm", target_bits=5.0)
+    found = chosen("vllm", WIDE, target_bits=5.0)
     assert (found["bits"], found["fused"], found["widths"]) == (None, True, (4, 8))
     assert "input_scales" not in chosen("gptq", method="rtn")  # which has none
 
@@ -66,11 +79,40 @@ def test_what_does_not_go_is_refused_by_both_names(engine, given, said):
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"layers": ("k_proj=8",)},
+            "0.q_proj.weight, 0.k_proj.weight and 0.v_proj.weight as one matrix, of which "
+            "--layer k_proj=8 takes a part; let its pattern match all of them or none",
+        ),
+        ({"ignore": ("up_proj",)}, "0.gate_proj.weight and 0.up_proj.weight as one matrix, of which --ignore up_proj"),
+        ({"layers": ("[qk]_proj=4",), "target_bits": 5.0}, "of which --layer [qk]_proj=4 takes a part"),
+    ],
+)
+def test_what_vllm_runs_as_one_is_not_told_apart(given, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        chosen("vllm", WIDE, **given)
+    assert chosen("compressed-tensors", WIDE, **given)["symmetric"]
+
+
+def test_what_vllm_runs_as_one_may_be_given_together():
+    assert chosen("vllm", WIDE, layers=("[qkv]_proj=8", "gate_proj=4", "o_proj=8"), ignore=("gate|up",))["bits"] == 4
+    assert chosen("vllm", WIDE, layers=("k_proj=4",))["bits"] == 4
+    assert chosen("vllm", {n: s for n, s in WIDE.items() if "v_" not in n}, layers=("k_proj=8",))["bits"] == 4
+
+
+@pytest.mark.parametrize(
     ("engine", "shape", "said"),
     [
         ("gptq", (80, 64), "a has 80 outputs, the engine takes multiples of 32; leave it dense by --ignore"),
         ("gptq", (64, 80), "a has 80 inputs, the engine takes multiples of 32"),
-        ("vllm", (96, 64), "a has 96 outputs, the engine takes multiples of 64"),
+        ("vllm", (96, 128), "a has 96 outputs, the engine takes multiples of 64"),
+        (
+            "vllm",
+            (64, 192),
+            "a has 192 inputs, the engine takes multiples of 128; leave it dense by --ignore, or take ",
+        ),
         ("gguf:q8_0", (7, 80), "a has 80 inputs, the engine takes multiples of 32"),
     ],
 )
@@ -81,10 +123,14 @@ def test_a_shape_that_the_engine_does_not_take(engine, shape, said):
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if not name.startswith("gguf")])
 def test_the_export_is_exact(tiny_files, engine, tmp_path):
-    model, file = tiny_files.wide_model("llama"), tmp_path / "out.qtm"
-    ignore = ("--ignore", "k_proj|v_proj|gate|up") if engine == "vllm" else ()
+    file = tmp_path / "out.qtm"
+    if engine == "vllm":  # with tiles of its kernel's size
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
+        model = make_model("llama", tmp_path / "model", sizes=sizes)
+    else:
+        model = tiny_files.wide_model("llama")
     small = ("--samples", "4", "--seq-len", "64", "--calibration", tiny_files.text)
-    qtool_json("compress", model, "-o", file, "--for", engine, *small, *ignore)
+    qtool_json("compress", model, "-o", file, "--for", engine, *small)
     with QtmFile.open(file) as opened:
         assert opened.header.recipe["embeddings"] == 16
     to = "gptq" if engine == "vllm" else engine

@@ -91,6 +91,27 @@ def test_less_memory_makes_smaller_batches(tiny_files, monkeypatch):
     assert tight.peak_rss_bytes <= free.peak_rss_bytes // 2
 
 
+def test_workers_have_no_more_experts_in_memory_than_the_limit_allows(tiny_files, monkeypatch):
+    from qtool.budget import plan_budget
+    from qtool.checkpoint import open_checkpoint
+    from qtool.model import BlockwiseModel
+    from qtool.plan import plan_tensors
+    from qtool.recipe import CalibrationSpec, QuantSpec, Recipe
+
+    model = BlockwiseModel(open_checkpoint(str(tiny_files.model("mixtral"))))
+    recipe = Recipe(linears=QuantSpec(group_size=16), calibration=CalibrationSpec(samples=64, seq_len=64))
+    plan = plan_tensors(model, recipe)
+    alone = plan_budget(model, plan, recipe)
+    many = plan_budget(model, plan, recipe, workers=8)
+    batch = qtool.budget.SLACK * 4 * qtool.budget.EXPERT_COPIES * qtool.mixture.BATCH_ELEMENTS
+    assert (alone.expert_batches, many.expert_batches) == (1, 8)
+    assert many.peak_rss_bytes > alone.peak_rss_bytes + 7 * batch
+    limit = alone.peak_rss_bytes + int(2 * batch)
+    tight = plan_budget(model, plan, recipe, limit, workers=8)
+    assert tight.expert_batches == 2 and tight.peak_rss_bytes <= limit
+    assert tight.windows_per_batch == alone.windows_per_batch  # which would be another run
+
+
 def test_smaller_batches_are_another_run(command, monkeypatch):
     """They round differently: a journal of the one is not gone on with by the other."""
     with monkeypatch.context() as patched:
