@@ -174,17 +174,22 @@ class HuggingFaceCheckpoint(Checkpoint):
         return dtype if dtype in DENSE_DTYPES else "F32"
 
     def _config_values(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
-        if not path.is_file():
+        if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.name}: not a model folder (no config.json in it); give the one that has it")
+        values = self._json_object("config.json")
+        if (quantization := values.pop("quantization_config", None)) is not None:
+            self._take_quantization(quantization)
+        return values
+
+    def _json_object(self, file: str) -> dict[str, Any]:
+        """The members of a JSON file of the folder."""
+        path = self.folder / file
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: not a JSON object but a {type(values).__name__}; download it again")
-        if (quantization := values.pop("quantization_config", None)) is not None:
-            self._take_quantization(quantization)
         return values
 
     def _take_quantization(self, quantization: Any) -> None:

@@ -26,6 +26,10 @@ from qtool.errors import CheckpointError
 from qtool.schemes import Scheme, scheme_of
 
 
+OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ said what they had done, before config.json had a place for it."""
+
+
 class EngineCheckpoint(HuggingFaceCheckpoint):
     """Reads as a model whose weights are the decoded ones: the parts of a linear are one stored tensor, its weight."""
 
@@ -40,6 +44,9 @@ class EngineCheckpoint(HuggingFaceCheckpoint):
 
     def _config_values(self) -> dict[str, Any]:
         values = super()._config_values()
+        for name, method in OLDER_CONFIGS.items():
+            if not hasattr(self, "scheme") and (self.folder / name).is_file():
+                self._take_quantization({"quant_method": method} | self._json_object(name))
         if not hasattr(self, "scheme"):
             raise CheckpointError(f"{self.name}: not quantized (no quantization_config); qtool compress is for it")
         return values

@@ -147,7 +147,9 @@ class Run:
         step = _Begun()
         handle = partial(self._tensors, step=step, show=show)
         min_tokens = self.recipe.calibration.min_expert_tokens
-        step.checksum, step.experts = visit_block(self.model, index, states, min_tokens, handle, self.budget.expert_batches)
+        step.checksum, step.experts = visit_block(
+            self.model, index, states, min_tokens, handle, self.budget.expert_batches
+        )
         return step
 
     def _tensors(

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from formats.block_lists import BlockLists
 from formats.embedded import model_config
 from formats.encoding import Dense
+from formats.export import engine
 from formats.export import folder as export_folder
 from formats.export.published import published_rows
 from formats.reader import QtmFile
@@ -163,6 +164,28 @@ def test_what_would_be_lost_is_said_and_needs_lossy(tiny_files, options, to, sai
         assert loss["error"] == pytest.approx(error, rel=1e-4)
     worst = max(report["losses"], key=lambda loss: loss["error"])
     assert f"up to {100 * worst['error']:.3g}% ({worst['name']})" in message
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq"])
+def test_rows_without_groups_are_rounded_in_groups(tiny_files, to, tmp_path, monkeypatch):
+    """16 equal steps for a whole row lose more."""
+    file = tiny_files.wide("llama", "--format", "nf4", "--group-size", "-1")
+    by_group = [loss["error"] for loss in export(file, to, tmp_path / "groups", "--lossy")["losses"]]
+    monkeypatch.setattr(engine, "common_group_size", lambda inputs: -1)
+    by_row = [loss["error"] for loss in export(file, to, tmp_path / "rows", "--lossy")["losses"]]
+    sizes = [read_folder(tmp_path / name)[0]["group_size"] for name in ("groups", "rows")]
+    assert sizes == [32, -1]  # rows of 64 and 96
+    assert len(by_group) == 21 and sum(by_group) < 0.9 * sum(by_row)
+
+
+def test_minima_from_gguf_are_rounded_in_their_own_groups(tiny_files, tmp_path):
+    gguf, file = tmp_path / "model.gguf", tmp_path / "model.qtm"
+    qtool_json("export", tiny_files.wide("llama"), "--to", "gguf", "--gguf-type", "q4_1", "--lossy", "-o", gguf)
+    qtool_json("import", gguf, "-o", file)
+    report = export(file, "awq", tmp_path / "out", "--lossy")
+    config, _ = read_folder(tmp_path / "out")
+    assert (config["group_size"], config["zero_point"]) == (32, True)
+    assert len(report["losses"]) == 21 and max(loss["error"] for loss in report["losses"]) < 0.003
 
 
 def test_version_1_of_gptq_needs_lossy_where_a_zero_is_0(tiny_files, tmp_path):

@@ -307,6 +307,28 @@ def test_weights_of_compressed_tensors_that_are_not_known(tiny_files, change, sa
     assert said in refusal("import", folder, "-o", tmp_path / "back.qtm")
 
 
+@pytest.mark.parametrize(
+    ("to", "file", "older"),
+    [
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "sym": True, "desc_act": False}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}),
+    ],
+)
+def test_configs_from_before_config_json_had_a_place_for_them(tiny_files, to, file, older, tmp_path):
+    """A symmetric grid's zeros are the same in both versions of GPTQ but for the 1 that the first one takes off."""
+    version = ("--gptq-version", "1") if to == "gptq" else ()
+    folder = export(tiny_files.wide("llama", "--sym"), to, tmp_path / "there", *version)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(older))
+    import_(folder, tmp_path / "back.qtm")
+    assert_same(tiny_files.wide("llama", "--sym"), tmp_path / "back.qtm")
+    (folder / file).write_text("[1]")
+    message = refusal("import", folder, "-o", tmp_path / "out.qtm")
+    assert message == f"{folder / file}: not a JSON object but a list; download it again"
+
+
 def test_what_is_no_quantized_model(tiny_files, tmp_path):
     message = refusal("import", tiny_files.model("llama"), "-o", tmp_path / "back.qtm")
     assert message.endswith("not quantized (no quantization_config); qtool compress is for it")

@@ -23,7 +23,7 @@ from formats.export.card import Loading
 from formats.export.dense import DTYPES
 from formats.export.folder import Tensors, check_target, names_by_block, write_folder
 from formats.export.published import publish, published_rows
-from formats.export.regrid import Carrier, Form, relative_error
+from formats.export.regrid import Carrier, Form, common_group_size, relative_error
 from formats.export.report import ExportReport, Loss
 from formats.header import TensorEntry
 from formats.layer import QuantizedLinear
@@ -115,6 +115,8 @@ class _Export:
         self._linears = {linear.entry.name for linear in linears if linear.is_quantized}
         if not self._linears:
             raise FormatError(f"{file.label}: no linear of its blocks is quantized; export --to dense")
+        inputs = {linear.shape[1] for linear in linears if linear.is_quantized}
+        self._carrier = replace(engine.carrier, regrouped=common_group_size(inputs))
         self.dtype = dtype or self._exact_dtype()
         forms = _in_common([(linear, self._form(linear)) for linear in linears if linear.is_quantized])
         self.quantization = engine.config(forms, self._dense_linears(linears))
@@ -140,7 +142,7 @@ class _Export:
     def refuse_losses(self) -> None:
         """FormatError that says what would be lost, and how much of the worst tensor."""
         losses: list[Loss] = []
-        carrier = self._engine.carrier
+        carrier = self._carrier
         for entry in self._file.tensors.values():
             encoding = entry.encoding
             if entry.name not in self._linears:
@@ -180,7 +182,7 @@ class _Export:
     def _form(self, linear: _Linear) -> Form:
         encoding = linear.entry.encoding
         assert isinstance(encoding, MatrixEncoding)
-        form = self._engine.carrier.form(encoding, linear.entry.shape)
+        form = self._carrier.form(encoding, linear.entry.shape)
         with error_context(f"{self._file.label}: {linear.entry.label}"):
             self._engine.check(linear.shape, form)
         return form
@@ -231,7 +233,7 @@ class _Export:
 
     def _carried(self, entry: TensorEntry, losses: list[Loss]) -> QuantizedLinear:
         layer = self._file.layer(entry.name)
-        carried, reason = self._engine.carrier.carry(layer)
+        carried, reason = self._carrier.carry(layer)
         if reason is not None:
             error = relative_error(carried, layer.dequantize())
             losses.append(Loss(name=entry.name, reason=reason, error=error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from formats.encoding import MatrixEncoding
+from formats.encoding.affine import Affine
 from formats.encoding.grouped import GroupedEncoding
+from formats.encoding.int8_rows import Int8Rows
 from formats.encoding.uniform import Uniform
 from formats.layer import Int8Linear, Layer, QuantizedLinear, group_index, statistic_values
 from formats.layer.base import F16, F32, U8, decode
@@ -19,6 +21,8 @@ from formats.layer.base import F16, F32, U8, decode
 Index: TypeAlias = npt.NDArray[np.int64]
 SHRINKS = (1.0, 0.9, 0.8, 0.7)
 """Parts of a group's range that are tried: clipping a few weights lets all others have finer steps."""
+GROUP_SIZES = (128, 64, 32)
+"""That all engines know, the smallest file first."""
 LARGEST_F16 = float(np.finfo(np.float16).max)
 
 
@@ -41,15 +45,18 @@ class Carrier:
     asymmetric: bool = True
     least_zero: int = 0
     ordered: bool = False  # whether inputs of a group may lie anywhere
+    regrouped: int = -1  # the groups of layers that have none of a size that engines know
 
     def form(self, encoding: MatrixEncoding, shape: tuple[int, ...]) -> Form:
         """That of a layer once it is in the format: fewer bits go into more, which changes no value."""
         bits = encoding.describe(shape).bits
-        group_size = encoding.group_size if isinstance(encoding, GroupedEncoding) else -1
-        symmetric = encoding.symmetric if isinstance(encoding, Uniform) else True
+        group_size = encoding.group_size if isinstance(encoding, GroupedEncoding | Affine) else -1
+        symmetric = encoding.symmetric if isinstance(encoding, Uniform | Affine) else True
+        group_size = -1 if group_size == shape[1] else group_size
+        if not isinstance(encoding, Uniform | Int8Rows) and group_size not in GROUP_SIZES:
+            group_size = self.regrouped
         wide = min((own for own in self.bits if own >= bits), default=self.bits[-1])
         is_ordered = self.ordered and isinstance(encoding, Uniform) and encoding.input_order
-        group_size = -1 if group_size == shape[1] else group_size
         return Form(wide, group_size, symmetric or not self.asymmetric, is_ordered)
 
     def obstacle(self, encoding: MatrixEncoding) -> str | None:
@@ -84,6 +91,11 @@ class Carrier:
                 return widened(layer, form.bits), None
             reason = f"zeros below {self.least_zero}"
         return regridded(layer, form, self.least_zero), reason
+
+
+def common_group_size(inputs: Iterable[int]) -> int:
+    """The largest that cuts rows of so many inputs into whole groups; -1 where none does."""
+    return next((size for size in GROUP_SIZES if not any(n % size for n in inputs)), -1)
 
 
 def widened(layer: QuantizedLinear, bits: int) -> QuantizedLinear:
