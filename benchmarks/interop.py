@@ -21,7 +21,7 @@ from benchmarks.tools import CALIBRATION, Limits, parser, print_table, qtool
 from formats.layer import QuantizedLinear
 from formats.reader import QtmFile
 
-ENGINES = {"gptq": "gptq_engine", "compressed-tensors": "compressed_tensors_engine"}
+ENGINES = {"gptq": "gptq_engine", "compressed-tensors": "compressed_tensors_engine", "awq": "gptq_engine"}
 """Format -> the environment whose engine loads it."""
 MOST_SECONDS, MOST_APART = 30, 2e-3
 N_TOKENS = 256
@@ -38,7 +38,7 @@ def main() -> None:
         qtool("compress", args.model, "-o", path, "--for", "gptq", *CALIBRATION, *text)
     ids = sample(path, args.data, args.work)
     ours = logits(path, ids)
-    for to in ("gptq", "compressed-tensors", "dense", "transformers"):
+    for to in (*ENGINES, "dense", "transformers"):
         folder, start = args.work / f"interop-{to}", time.perf_counter()
         report = qtool("export", path, "--to", to, "-o", folder, "--force")
         seconds = time.perf_counter() - start
@@ -94,10 +94,17 @@ def same_numbers(path: Path, folder: Path, back: Path) -> str:
             if entry.encoding.name != "dense":
                 a, b = one.layer(name), other.layer(name)
                 assert isinstance(a, QuantizedLinear) and isinstance(b, QuantizedLinear)
-                pairs = zip((a.codes, a.scales, a.zeros), (b.codes, b.scales, b.zeros), strict=True)
-                if not all(np.array_equal(x, y) for x, y in pairs if x is not None or y is not None):
+                if not all(np.array_equal(x, y) for x, y in zip(_numbers(a), _numbers(b), strict=True)):
                     return f"{name} differs"
     return "the same"
+
+
+def _numbers(layer: QuantizedLinear) -> tuple[object, ...]:
+    """All that a layer is: the middle for the zeros of one that is symmetric."""
+    scales, order = layer.scales, layer.input_order
+    assert isinstance(scales, np.ndarray) and layer.outliers is None and layer.input_scales is None
+    zeros = np.full_like(scales, 1 << (layer.bits - 1)) if layer.zeros is None else layer.zeros
+    return layer.bits, layer.group_size, layer.codes, scales, zeros, np.arange(1) if order is None else order
 
 
 if __name__ == "__main__":

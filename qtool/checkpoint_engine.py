@@ -25,7 +25,6 @@ from qtool.checkpoint import HuggingFaceCheckpoint, find_tensor
 from qtool.errors import CheckpointError
 from qtool.schemes import Scheme, scheme_of
 
-
 OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where AutoGPTQ and AutoAWQ said what they had done, before config.json had a place for it."""
 

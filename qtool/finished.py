@@ -172,6 +172,10 @@ def run_generate(
     from formats.loader import load
     from formats.skeleton import is_encoder_decoder
 
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature={temperature:g}: must be 0 or more")
     if not file.is_file():
         raise CheckpointError(f"{file}: {'a folder' if file.is_dir() else 'no such file'}; give a .qtm file")
     with quiet_transformers(), torch.random.fork_rng():

@@ -211,12 +211,13 @@ def _solve(
     groups, kept = groups_of(in_features, spec), OutlierList()
     decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
     codes = np.empty((out_features, in_features), np.uint8)
-    stripes = _stripes(weight.shape, grid.row_step)
-    for rows in stripes:
+    lost = 0.0
+    for rows in _stripes(weight.shape, grid.row_step):
         stored = weight[rows] if factor is None else factor.stored(weight[rows])
         solved = _quantize_rows(stored, grid.rows(rows), groups, factor, rule, partial(kept.add, rows.start))
         codes[rows] = solved.codes.numpy().T
         decoded[rows] = solved.decoded.T
+        lost += solved.lost
     if factor is not None and rule is not None and spec.outliers:
         at_most = round(spec.outliers * weight.numel())
         if len(kept) > at_most and not is_last:
@@ -226,7 +227,9 @@ def _solve(
             return _solve(weight, grid, spec, factor, raised, metric, is_last=True)
         kept.cut(at_most, factor.cost)
     kept.add_to(decoded)
-    return finished(weight, codes, decoded, grid, spec, factor, metric, kept.sparse((out_features, in_features)))
+    known = lost if factor is not None and rule is None else None
+    outliers = kept.sparse((out_features, in_features))
+    return finished(weight, codes, decoded, grid, spec, factor, metric, outliers, known)
 
 
 def finished(
@@ -238,14 +241,23 @@ def finished(
     factor: Factor | None,
     metric: tuple[Tensor | None, Tensor | None],
     outliers: SparseOutliers | None = None,
+    lost_damped: float | None = None,
 ) -> Solution:
     """The solution of weight [out, in] from its codes and what they decode to, outliers included; input scales, which
-    are still to come, are multiplied into `decoded`."""
+    are still to come, are multiplied into `decoded`.
+
+    lost_damped: the energy that is lost, by the damped Hessian, where it is known.
+    """
     lost = energy = 0.0
     for rows in _stripes(weight.shape, grid.row_step):
         stored = weight[rows] if factor is None else factor.stored(weight[rows])
-        lost += output_energy(stored - decoded[rows], *metric)
+        difference = stored - decoded[rows]
+        if lost_damped is None:
+            lost += output_energy(difference, *metric)
+        elif factor is not None:
+            lost -= _damping_energy(difference, factor.damping)
         energy += output_energy(stored, *metric)
+    lost += lost_damped or 0.0
     scales = None if factor is None else factor.input_scales
     fp16_scales = None if scales is None else scales.numpy().astype(np.float16)
     layer = grid.layer(codes, spec.groups_of(weight.shape[1]), fp16_scales, outliers)
@@ -264,6 +276,7 @@ class _Solved:
 
     codes: Tensor  # [in, rows] u8
     decoded: Tensor  # [in, rows] f32, without what was kept of outliers and without input scales
+    lost: float = 0.0  # energy, by the damped Hessian, where nothing was kept
 
 
 def _quantize_rows(
@@ -294,7 +307,7 @@ def _round_columns(
     groups: [in] i64
     """
     free = weight.T[factor.perm].contiguous()  # [in, rows]: a column of the paper is a contiguous row here
-    solved = _Solved(torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free))
+    codes_of, decoded_of, lost = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), 0.0
     for start in range(0, len(free), block_size):
         stop = min(start + block_size, len(free))
         columns, block = factor.perm[start:stop], factor.hinv_chol[start:stop, start:stop]
@@ -303,9 +316,11 @@ def _round_columns(
         if limits is not None:
             for column, kept in zip(columns.tolist(), kept_values(free[start:stop] - decoded, limits), strict=True):
                 keep(column, kept)
-        solved.codes[columns], solved.decoded[columns] = codes, decoded
+        codes_of[columns], decoded_of[columns] = codes, decoded
+        # With d the difference, H⁻¹ = UᵀU and errors e: d = eU, and so d H dᵀ = e eᵀ.
+        lost += float(errors.square().sum(dtype=torch.float64))
         free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors, alpha=-1)
-    return solved
+    return _Solved(codes_of, decoded_of, lost)
 
 
 def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:
@@ -318,7 +333,12 @@ def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None
         product = weight[:, before] @ hessian[before, own]
         product.addmm_(weight[:, own], hessian[own, own], beta=2)
         energy += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
-    return energy if damping is None else energy - float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
+    return energy if damping is None else energy - _damping_energy(weight, damping)
+
+
+def _damping_energy(weight: Tensor, damping: Tensor) -> float:
+    """What `damping` [in] adds to the energy of weight [out, in]."""
+    return float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
 
 
 def relative_error(lost: float, energy: float) -> float:

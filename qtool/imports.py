@@ -15,10 +15,11 @@ from formats.section import pack
 from formats.skeleton import is_transposed_linear, split_name
 from formats.writer import Writer
 from qtool.checkpoint import Checkpoint, find_tensor
-from qtool.errors import CheckpointError, ConfigError
+from qtool.errors import CheckpointError
 from qtool.model import BlockwiseModel
 from qtool.pack import DTYPES
 from qtool.provenance import embedded_files, model_member, source_files, versions
+from qtool.publish import check_target
 from qtool.results import Imported
 from qtool.seq2seq import blockwise_model
 
@@ -55,8 +56,7 @@ def open_quantized(source: str, *, assume_v1_zeros: bool = False) -> QuantizedSo
 
 def import_model(source: str, output: Path, *, overwrite: bool = False, assume_v1_zeros: bool = False) -> Imported:
     """Write `output` and return what it holds; nothing appears under that name unless all of it could be read."""
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output}: exists already; give another --output or --force")
+    check_target(output, "--output", overwrite=overwrite)
     opened = open_quantized(source, assume_v1_zeros=assume_v1_zeros)
     checkpoint = opened.checkpoint
     tokenizer = checkpoint.tokenizer()

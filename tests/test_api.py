@@ -178,6 +178,14 @@ def test_results_are_what_json_prints(tiny_files, command, call):
     assert values == printed
 
 
+def test_generate_refuses_what_the_command_line_would(tiny_files):
+    file = tiny_files.compressed("llama")
+    for given, said in (({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+                        ({"temperature": -1.0}, "temperature=-1: must be 0 or more")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            qtool.generate(file, "a", **given)
+
+
 def test_generate_and_export(tiny_files, tmp_path):
     file = tiny_files.compressed("llama")
     result = qtool.generate(file, "the one", max_new_tokens=4)

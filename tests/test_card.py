@@ -125,6 +125,22 @@ def test_what_was_imported_says_so(tiny_files):
     card = card_of(tiny_files.compressed("llama"), recipe={"imported": "gptq"})
     assert "A model, quantized elsewhere, taken over by qtool 0.1.0 and exported in the format `dense`." in card
     assert "    qtool import DIR -o model.qtm\n" in card
+    card = card_of(tiny_files.compressed("llama"), recipe={"imported": "gguf"})
+    assert "    qtool import FILE.gguf -o model.qtm\n" in card
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "said"),
+    [
+        ("gptq", ("--gptq-version", "1", "--dtype", "float16", "--lossy"),
+         "gptq --gptq-version 1 --dtype float16 --lossy"),
+        ("gptq", ("--lossy",), "gptq"),  # which lost nothing
+        ("dense", ("--dtype", "bfloat16"), "dense --dtype bfloat16"),
+    ],
+)  # fmt: skip
+def test_the_export_is_given_with_its_options(tiny_files, to, options, said, tmp_path):
+    qtool_json("export", tiny_files.wide("llama"), "--to", to, "-o", tmp_path / "out", *options)
+    assert f"    qtool export model.qtm --to {said} -o FOLDER\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_recipe_of_another_make_has_a_card(tiny_files):

@@ -348,6 +348,8 @@ def test_an_output_that_exists(gptq, tmp_path):
     message = refusal("import", gptq, "-o", tmp_path / "back.qtm")
     assert message == f"{tmp_path / 'back.qtm'}: exists already; give another --output or --force"
     assert (tmp_path / "back.qtm").read_bytes() == before
+    message = refusal("import", gptq, "-o", tmp_path / "no/back.qtm")
+    assert message == f"{tmp_path / 'no/back.qtm'}: its folder does not exist; make it first"
     import_(gptq, tmp_path / "back.qtm", "--force")
 
 

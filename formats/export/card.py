@@ -40,6 +40,7 @@ class Loading:
     packages: tuple[str, ...] = ()
     imports: str = ""  # a module that has to be imported before
     has_vllm: bool = False
+    options: tuple[str, ...] = ()  # of the export, besides its format
 
 
 def model_card(file: QtmFile, *, title: str, loading: Loading, weights_bytes: int, losses: Sequence[Loss] = ()) -> str:
@@ -61,7 +62,7 @@ def model_card(file: QtmFile, *, title: str, loading: Loading, weights_bytes: in
         "## Quality, as the file records it",
         _table([*_quality(header)]) + _WHAT_ERRORS_ARE + _describe_losses(losses),
         "## How it was made",
-        _how_it_was_made(header, base, loading.format, is_lossy=bool(losses)),
+        _how_it_was_made(header, base, loading, is_lossy=bool(losses)),
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -144,12 +145,13 @@ def _quality(header: Header) -> Iterator[tuple[str, str]]:
         yield "largest relative error", f"{errors[worst]:.4g}, of {_text(worst)}"
 
 
-def _how_it_was_made(header: Header, base: str | None, to: str, *, is_lossy: bool) -> str:
-    is_imported = "imported" in header.recipe
-    command = "qtool import DIR" if is_imported else compress_command(header.recipe, base or "MODEL")
+def _how_it_was_made(header: Header, base: str | None, loading: Loading, *, is_lossy: bool) -> str:
+    command = compress_command(header.recipe, base or "MODEL")
+    if "imported" in header.recipe:
+        command = "qtool import " + ("FILE.gguf" if header.recipe["imported"] == "gguf" else "DIR")
     lines = [] if command is None else [f"    {command} -o model.qtm"]
-    lossy = " --lossy" if is_lossy else ""
-    lines.append(f"    qtool export model.qtm --to {to}{lossy} -o FOLDER")
+    options = " ".join([loading.format, *loading.options, *(["--lossy"] if is_lossy else [])])
+    lines.append(f"    qtool export model.qtm --to {options} -o FOLDER")
     versions = [f"{name} {_text(v)}" for name, v in header.provenance.items() if name in _TOOLS and isinstance(v, str)]
     return "\n".join(lines) + (f"\n\nWith {', '.join(versions)}." if versions else "")
 

@@ -21,15 +21,14 @@ from formats.tensors import decode_tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-LOADING = Loading(format="dense")
-
 
 def export_dense(file: QtmFile, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> ExportReport:
     """Write the folder. float32 holds the decoded values exactly; who names another dtype wants them rounded."""
     model, config = build_skeleton(model_config(file), file.tensors), config_dict(file) | {"dtype": dtype}
     check_tensors(model, file)
+    loading = Loading(format="dense", options=() if dtype == "float32" else ("--dtype", dtype))
     files = write_folder(
-        file, folder, _decoded(file, model, DTYPES[dtype]), config, overwrite=overwrite, loading=LOADING
+        file, folder, _decoded(file, model, DTYPES[dtype]), config, overwrite=overwrite, loading=loading
     )
     return ExportReport(files=files, losses=[])
 

@@ -23,7 +23,7 @@ from formats.export.card import Loading
 from formats.export.dense import DTYPES
 from formats.export.folder import Tensors, check_target, names_by_block, write_folder
 from formats.export.published import publish, published_rows
-from formats.export.regrid import Carrier, Form, common_group_size, relative_error
+from formats.export.regrid import Carrier, Form, common_group_size
 from formats.export.report import ExportReport, Loss
 from formats.header import TensorEntry
 from formats.layer import QuantizedLinear
@@ -89,13 +89,15 @@ def export_engine(
     losses: list[Loss] = []
     config = config_dict(file) | {"dtype": export.dtype, "quantization_config": export.quantization}
     texts = engine.files(export.quantization)
+    given = () if dtype is None else ("--dtype", dtype)
+    loading = replace(engine.loading, options=(*engine.loading.options, *given))
     files = write_folder(
         file,
         folder,
         export.blocks(losses),
         config,
         overwrite=overwrite,
-        loading=engine.loading,
+        loading=loading,
         losses=losses,
         texts=texts,
     )
@@ -221,10 +223,9 @@ class _Export:
     def _dense(self, entry: TensorEntry, losses: list[Loss]) -> Tensor:
         values = decode_tensor(self._file, entry)
         rounded = values.to(DTYPES[self.dtype])
-        difference = (rounded.float() - values).double()
-        if difference.any():
-            error = float(difference.square().sum() / values.double().square().sum())
-            losses.append(Loss(name=entry.name, reason=f"values beyond {self.dtype}", error=error))
+        if not torch.equal(rounded.float(), values):
+            reason = f"values beyond {self.dtype}"
+            losses.append(Loss.of(entry.name, reason, values.numpy(), rounded.float().numpy()))
         return rounded
 
     def _dense_rows(self, linear: _Linear, losses: list[Loss]) -> Tensor:
@@ -235,8 +236,7 @@ class _Export:
         layer = self._file.layer(entry.name)
         carried, reason = self._carrier.carry(layer)
         if reason is not None:
-            error = relative_error(carried, layer.dequantize())
-            losses.append(Loss(name=entry.name, reason=reason, error=error))
+            losses.append(Loss.of(entry.name, reason, layer.dequantize(), carried.dequantize()))
         return carried
 
 

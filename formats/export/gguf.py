@@ -196,9 +196,7 @@ def _stored(values: Array, kind: str) -> Array:
 
 
 def _loss(planned: Planned, weight: Array, stored: Array) -> Loss:
-    energy = float(np.square(weight, dtype=np.float64).sum())
-    error = float(np.square(weight - stored, dtype=np.float64).sum()) / energy if energy else 0.0
-    return Loss(name=planned.entry.name, reason=planned.reason or "", error=error)
+    return Loss.of(planned.entry.name, planned.reason or "", weight, stored)
 
 
 def _general(architecture: str, target: Path, plan: Sequence[Planned]) -> dict[str, Value]:

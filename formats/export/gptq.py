@@ -38,10 +38,10 @@ def export_gptq(
 
 
 class _Gptq(Engine):
-    loading = Loading(format="gptq", packages=("gptqmodel",), has_vllm=True)
-
     def __init__(self, version: int) -> None:
         self.version = version
+        given = ("--gptq-version", "1") if version == 1 else ()
+        self.loading = Loading(format="gptq", packages=("gptqmodel",), has_vllm=True, options=given)
         self.carrier = Carrier(
             "gptq version 1" if version == 1 else "gptq", BITS, least_zero=1 if version == 1 else 0, ordered=True
         )

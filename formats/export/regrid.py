@@ -151,12 +151,6 @@ def _better(one: _Fit, other: _Fit, index: Index) -> _Fit:
     )
 
 
-def relative_error(layer: QuantizedLinear, weight: F32) -> float:
-    """Energy of the difference over the energy of the weight."""
-    energy = float(np.square(weight, dtype=np.float64).sum())
-    return float(np.square(layer.dequantize() - weight, dtype=np.float64).sum()) / energy if energy else 0.0
-
-
 def _grids(layer: Layer, weight: F32, starts: Index, form: Form, least_zero: int) -> Iterator[tuple[F16, U8]]:
     """Scales [out, G] f16 and zeros [out, G] u8 < 2**bits: the layer's own as far as it has any, then ranges."""
     middle, last = 1 << (form.bits - 1), (1 << form.bits) - 1

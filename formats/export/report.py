@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
@@ -16,6 +19,13 @@ class Loss:
     name: str
     reason: str
     error: float
+
+    @classmethod
+    def of(cls, name: str, reason: str, weight: npt.NDArray[Any], stored: npt.NDArray[Any]) -> Loss:
+        """From a tensor's values and those that are stored instead, both f32."""
+        energy = float(np.square(weight, dtype=np.float64).sum())
+        lost = float(np.square(weight - stored, dtype=np.float64).sum())
+        return cls(name=name, reason=reason, error=lost / energy if energy else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
