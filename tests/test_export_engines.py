@@ -8,8 +8,9 @@ import pytest
 import torch
 from independent_layouts import decode_awq, decode_gptq, decode_pack_quantized, read_folder
 from invoke import qtool_json, refusal, run_qtool
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qtool
 from formats.block_lists import BlockLists
 from formats.embedded import model_config
 from formats.encoding import Dense
@@ -186,6 +187,17 @@ def test_minima_from_gguf_are_rounded_in_their_own_groups(tiny_files, tmp_path):
     config, _ = read_folder(tmp_path / "out")
     assert (config["group_size"], config["zero_point"]) == (32, True)
     assert len(report["losses"]) == 21 and max(loss["error"] for loss in report["losses"]) < 0.003
+
+
+@pytest.mark.parametrize("options", [("--bits", "4"), ("--bits", "8", "--group-size", "-1"), MIXED], ids=" ".join)
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_runs_compressed_tensors_as_we_do(tiny_files, options, tmp_path):
+    file = tiny_files.wide("llama", "--sym", *options)
+    export(file, "compressed-tensors", tmp_path / "out")
+    ids = torch.arange(40)[None] % 250
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(theirs, qtool.load(file)(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_version_1_of_gptq_needs_lossy_where_a_zero_is_0(tiny_files, tmp_path):
