@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import Limits, print_table
-from formats.encoding import Codebook, Int8Rows, MatrixEncoding, TernaryDict, TernaryRans, Trellis, Uniform
+from formats.encoding import Affine, Codebook, Int8Rows, MatrixEncoding, TernaryDict, TernaryRans, Trellis, Uniform
 
 TABLE = Path(__file__).with_name("kernels.json")
 # By capability: bytes of shared memory that one program can have (CUDA programming guide, table of capabilities).
@@ -53,13 +53,22 @@ FEW = {
     "fitted, 3 bits": FITTED,
     "int8, 64 columns": Int8Rows(columns=64),
     "trellis, 3 bits": TRELLIS,
+    "Q4_K": Affine(bits=4, group_size=32, symmetric=False, stat_bits=6, stat_groups=8),
+    "Q6_K": Affine(bits=6, group_size=16, symmetric=True, stat_bits=8, stat_groups=16),
+    "4 bits, ordered": _uniform(4, input_order=True, input_scales=False),
+    "Q4_1": Affine(bits=4, group_size=32, symmetric=False),
 }
-MANY = {name: FEW[name] for name in ("4 bits", "3 bits", "8 bits", "SpQR, 3 bits", *list(FEW)[-4:])}
+FEWER = "7 bits", "6 bits", "5 bits", "2 bits"
+MANY = {name: encoding for name, encoding in FEW.items() if name not in FEWER}
+DECODED = "4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits", "Q4_K", "4 bits, ordered"
 WIDE = "wide"
 CASES: dict[str, tuple[MatrixEncoding, int]] = {
     **{f"{name}, 1 token": (encoding, 1) for name, encoding in FEW.items()},
     **{f"{name}, 2 tokens": (FEW[name], 2) for name in ("3 bits", "7 bits", "SpQR, 3 bits")},
-    **{f"{name}, 8 tokens": (FEW[name], 8) for name in ("4 bits", "3 bits", "SpQR, 3 bits", "trellis, 3 bits")},
+    **{
+        f"{name}, 8 tokens": (FEW[name], 8)
+        for name in ("4 bits", "3 bits", "SpQR, 3 bits", "trellis, 3 bits", "Q4_K", "4 bits, ordered")
+    },
     **{f"{name}, {n} tokens": (encoding, n) for n in (16, 256) for name, encoding in MANY.items()},
     **{f"{name}, 64 tokens": (FEW[name], 64) for name in ("3 bits", "8 bits", "SpQR, 3 bits")},
     **{
@@ -67,10 +76,8 @@ CASES: dict[str, tuple[MatrixEncoding, int]] = {
         for n in (32, 256)
         for name in ("3 bits", "8 bits", "SpQR, 3 bits", "NF4, double quantization")
     },
-    **{f"{name}, decode": (FEW[name], 0) for name in ("4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits")},
-    **{
-        f"{name}, rows": (FEW[name], ROWS) for name in ("4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits")
-    },
+    **{f"{name}, decode": (FEW[name], 0) for name in DECODED},
+    **{f"{name}, rows": (FEW[name], ROWS) for name in DECODED},
     **{f"{name}, {n} token{'s' * (n > 1)}": (TERNARY[name], n) for name in TERNARY for n in (1, 8)},
     **{f"{name}, {what}": (TERNARY[name], n) for name in TERNARY for what, n in (("decode", 0), ("rows", ROWS))},
     "ternary, rANS, segments, 1 token": (TernaryRans(segment=1370, words=660_000), 1),
@@ -154,8 +161,11 @@ def check_row(limits: Limits, row: dict[str, Any]) -> None:
 
 
 def _has_wide_plane(case: str) -> bool:
-    """Whether a thread has 16 bytes of the widest plane: not of two bits with many tokens, where codes matter least."""
+    """Whether a thread has 16 bytes of the widest plane: not of two bits with many tokens, where codes matter least,
+    nor where each weight has the scale of another group, which takes the registers."""
     encoding, n_tokens = CASES[case]
+    if getattr(encoding, "input_order", False):
+        return False
     few = 16 if getattr(encoding, "stat_bits", 0) else 32
     return n_tokens <= few or getattr(encoding, "bits", 8) >= 4
 

@@ -52,6 +52,8 @@ def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
         outputs, inputs = (128, 32) if tokens < 4 else (32, 64)  # 128: 16 bytes of an input's path
     elif layout.kind == BYTES:
         inputs //= 2  # more spills on Turing
+    elif layout.has_order:
+        inputs //= 2 if tokens == 1 else 4  # a scale and a zero for each weight take registers
     elif layout.bits % 2 == 1 and tokens == 1:
         warps = 2  # 16 bytes to a thread also of the plane of one bit
     return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, warps, 2), 1)
@@ -65,6 +67,8 @@ def _tile(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
     inputs = TILE_WEIGHTS // outputs
     if layout.scales == TWO_LEVEL and tokens > LEAST_OF_TENSOR_CORES:
         inputs //= 2  # statistics of its groups take registers, and room in shared memory
+    if layout.has_order:
+        inputs //= 4
     stages = 2 if layout.scales == TWO_LEVEL and tokens == MOST_TOKENS else 3  # 3 spill on Blackwell
     return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, 8 if tokens >= 64 else 4, stages), programs)
 

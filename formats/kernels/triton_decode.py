@@ -6,13 +6,16 @@ Compiled without fused multiply-adds, which would round once where SPEC 7.6.2 ro
 import triton
 import triton.language as tl
 
+from formats.kernels.layout import AFFINE as _AFFINE
 from formats.kernels.layout import BYTES as _BYTES
 from formats.kernels.layout import TRELLIS as _TRELLIS
 from formats.kernels.layout import UNIFORM as _UNIFORM
 from formats.kernels.triton_codes import (
     code_at,
+    group_at,
     input_scales_of,
     look_up,
+    minima_of,
     outlier_range,
     outliers_at,
     part,
@@ -22,10 +25,12 @@ from formats.kernels.triton_codes import (
     small_float,
     trellis_code_at,
     units_of,
+    with_minima,
     zeros_of,
 )
 
 BYTES, TRELLIS, UNIFORM = tl.constexpr(_BYTES), tl.constexpr(_TRELLIS), tl.constexpr(_UNIFORM)
+AFFINE = tl.constexpr(_AFFINE)
 
 
 @triton.jit
@@ -40,16 +45,21 @@ def output_rows(ids, n_rows, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def weights_at(section, tables, offsets, rows, columns, keep, L: tl.constexpr):
     """Decoded weights wherever they are, neither outliers nor input scales counted in; not of BYTES.  -> f32"""
-    groups = columns // L.group_size
+    groups = group_at(section, offsets, columns, keep, L)
     if L.kind == TRELLIS:
         codes = trellis_code_at(section, offsets, rows, columns, keep, L)
     else:
         codes = code_at(section, offsets, rows.to(tl.int64), columns, keep, L.n_inputs, L.bits, 0)
     if L.kind == UNIFORM:
         units = small_float(codes) - zeros_of(section, offsets, rows, groups, keep, L)
+    elif L.kind == AFFINE:
+        units = small_float(codes) - ((1 << (L.bits - 1)) if L.symmetric else 0)
     else:
         units = look_up(section, tables, offsets, codes, L)
-    return units * scales_of(section, tables, offsets, rows, groups, keep, L)
+    weights = units * scales_of(section, tables, offsets, rows, groups, keep, L)
+    if L.has_minima:
+        weights += minima_of(section, offsets, rows, groups, keep, L)
+    return weights
 
 
 @triton.jit
@@ -64,6 +74,7 @@ def decode_tiles(
     inside = inputs < L.n_inputs
     units = units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, False)
     values = scaled(units, scales_from(section, tables, offsets, rows, keep, first, L, BLOCK_K), L)
+    values = with_minima(values, section, offsets, rows, keep, first, L)
     if L.has_input_scales:
         values *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
     at = weight + rows[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]

@@ -108,12 +108,11 @@ def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch
         return weight
     layout, offsets = layout_of(encoding, shape)
     constants = _constants(section.device)
-    grid = triton.cdiv(shape[0], DECODED[0]), triton.cdiv(shape[1], DECODED[1])
+    rows, inputs = DECODED[0], DECODED[1] >> layout.has_order  # a scale and a zero for each weight take registers
+    grid = triton.cdiv(shape[0], rows), triton.cdiv(shape[1], inputs)
     exact = {"L": layout, "enable_fp_fusion": False}
     with on_device_of(section):
-        decode_tiles[grid](
-            section, constants, weight, offsets, shape[0], **exact, BLOCK_N=DECODED[0], BLOCK_K=DECODED[1]
-        )
+        decode_tiles[grid](section, constants, weight, offsets, shape[0], **exact, BLOCK_N=rows, BLOCK_K=inputs)
         _decode_sparse((section, constants, section, weight, offsets, shape[0]), exact | {"HAS_IDS": False})
     return weight
 

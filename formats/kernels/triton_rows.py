@@ -13,6 +13,7 @@ from formats.kernels.triton_codes import (
     fields,
     groups_from,
     input_scales_of,
+    minima_of,
     outlier_range,
     outliers_at,
     part,
@@ -60,7 +61,7 @@ def uniform_products(section, offsets, rows, keep, first, values, L: tl.constexp
     N_8: tl.constexpr = L.bits // 8
     N_4: tl.constexpr = L.bits // 4 % 2
     N_2: tl.constexpr = L.bits // 2 % 2
-    groups = groups_from(first, L, BLOCK_K)
+    groups = groups_from(section, offsets, first, L, BLOCK_K)
     zeros = zeros_of(section, offsets, rows[:, None], groups[None, :], keep[:, None], L)
     none = tl.zeros((rows.shape[0], BLOCK_K // L.span), tl.float32)
     if N_8 == 1:
@@ -137,7 +138,7 @@ def multiply_rows(
     total = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K // L.span), tl.float32)
     for first in range(split * BLOCK_K, L.n_inputs, SPLITS * BLOCK_K):
         values = tokens_of(x, section, offsets, tokens, n_tokens, first, L, BLOCK_K)
-        groups = groups_from(first, L, BLOCK_K)
+        groups = groups_from(section, offsets, first, L, BLOCK_K)
         scales = scales_of(section, tables, offsets, rows[:, None], groups[None, :], keep[:, None], L)
         if L.kind == UNIFORM:
             found = uniform_products(section, offsets, rows, keep, first, values, L, BLOCK_K)
@@ -145,6 +146,9 @@ def multiply_rows(
             units = units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, False)
             found = products(tl.reshape(units, (BLOCK_N, BLOCK_K // L.span, L.span)), values)
         total += found * scales[None, :, :]
+        if L.has_minima:
+            minima = minima_of(section, offsets, rows[:, None], groups[None, :], keep[:, None], L)
+            total += tl.sum(values, axis=3) * minima[None, :, :]
     y = tl.sum(total, axis=2)
     if split == 0:
         y += sparse_products(x, section, offsets, tokens, n_tokens, rows, keep, L)

@@ -6,7 +6,7 @@ Weights are rounded to the activations' dtype, as a plain matrix of that dtype w
 import triton
 import triton.language as tl
 
-from formats.kernels.triton_codes import input_scales_of, scaled, scales_from, units_of
+from formats.kernels.triton_codes import input_scales_of, scaled, scales_from, units_of, with_minima
 from formats.kernels.triton_rows import sparse_products
 
 
@@ -31,6 +31,7 @@ def multiply_tiles(
         at = tokens[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
         values = tl.load(x + at, mask=(tokens < n_tokens)[:, None] & inside[None, :], other=0.0)
         weights = scaled(units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, True), scales, L)
+        weights = with_minima(weights, section, offsets, rows, keep, first, L)
         if L.has_input_scales:
             weights *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
         weights = tl.trans(weights.to(values.dtype)).to(DOT)

@@ -103,14 +103,14 @@ class AffineLinear(Layer):
         )
 
     def dequantize(self) -> F32:
-        group = group_index(self.in_features, self.group_size)
         codes = self.codes.astype(np.float32) - (1 << (self.bits - 1) if self.symmetric else 0)
-        weight = _values(self.scales)[:, group] * codes
+        weight = self._per_weight(self.scales) * codes
         if self.minima is None:
             return weight
-        minima = _values(self.minima)
-        return weight + (-minima if isinstance(self.minima, Products) else minima)[:, group]
+        minima = self._per_weight(self.minima)
+        return weight + (-minima if isinstance(self.minima, Products) else minima)
 
-
-def _values(statistic: F16 | Products) -> F32:
-    return statistic.values() if isinstance(statistic, Products) else statistic.astype(np.float32)
+    def _per_weight(self, statistic: F16 | Products) -> F32:
+        """A statistic [out, G] spread over the inputs.  -> [out, in] f32"""
+        values = statistic.values() if isinstance(statistic, Products) else statistic.astype(np.float32)
+        return values[:, group_index(self.in_features, self.group_size)]

@@ -13,11 +13,20 @@ import numpy as np
 import pytest
 import torch
 from format_samples import make_layer
-from layer_samples import make_codebook, make_int8, make_spqr, make_ternary, make_trellis, with_outliers
+from layer_samples import (
+    make_affine,
+    make_codebook,
+    make_int8,
+    make_spqr,
+    make_ternary,
+    make_trellis,
+    with_order,
+    with_outliers,
+)
 
 from formats.encoding import encoding_of
 from formats.kernels.layout import layout_of
-from formats.layer import Layer, QuantizedLinear, SparseOutliers
+from formats.layer import AffineLinear, Layer, QuantizedLinear, SparseOutliers
 from formats.section import pack
 
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
@@ -62,6 +71,13 @@ ENCODINGS = {
     "outliers, two levels": lambda n, k: with_outliers(make_spqr(n, k, 3, 16), every=50),
     "outliers, nf4": lambda n, k: with_outliers(make_codebook(n, k, 4, 64, "nf4", "double_quant"), every=31),
     "outliers in one row": lambda n, k: replace(make_layer(n, k, 4, 64), outliers=in_row(n, 5, range(0, 90, 3))),
+    "order of the inputs": lambda n, k: with_order(make_layer(n, k, 4, 16, scaled=True)),
+    "order of the inputs, 3 bits": lambda n, k: with_order(make_layer(n, k, 3, 64)),
+    "order of the inputs, outliers": lambda n, k: with_order(with_outliers(make_spqr(n, k, 3, 16), every=50)),
+    "affine 4 bits": lambda n, k: make_affine(n, k, 4, 32),
+    "affine 5 bits, two levels": lambda n, k: make_affine(n, k, 5, 32, False, 6, 3),
+    "affine 2 bits, two levels": lambda n, k: make_affine(n, k, 2, 16, False, 4, 16),
+    "affine 6 bits, symmetric": lambda n, k: make_affine(n, k, 6, 16, True, 8, 5),
 }
 # Every other number of tokens with each shape, so that every encoding meets them all.
 CASES = [
@@ -105,7 +121,11 @@ def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 def magnitudes(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
     """[out, in] f64: no less than the terms of a weight together, as the kernels multiply them one by one."""
-    if not isinstance(layer, QuantizedLinear):
+    if isinstance(layer, AffineLinear):  # the minimum with the sum of the activations
+        codes = layer.codes - (2.0 ** (layer.bits - 1) if layer.symmetric else 0.0)
+        terms = torch.from_numpy(np.abs(layer._per_weight(layer.scales) * codes))
+        terms += 0.0 if layer.minima is None else torch.from_numpy(np.abs(layer._per_weight(layer.minima)))
+    elif not isinstance(layer, QuantizedLinear):
         terms = weight.abs()
     else:  # planes, and the zero with the first of them: |s| (code + |zero|)
         scales = np.abs(layer._per_weight(layer.scales))
@@ -180,6 +200,11 @@ PARTS = {
     "input scales": lambda n, k, g: {
         "codes": np.ones((n, k), np.uint8),
         "input_scales": (2.0 ** (counts(3, k) - 1)).astype(np.float16),
+    },
+    "order of the inputs": lambda n, k, g: {
+        "codes": np.ones((n, k), np.uint8),
+        "scales": (counts(7, n, g) - 3).astype(np.float16),
+        "input_order": (5 * np.arange(k) % k).astype(np.uint32),
     },
     "outliers": lambda n, k, g: {"outliers": in_row(n, n - 2, range(1, k, 7))},
 }

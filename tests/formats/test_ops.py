@@ -14,20 +14,11 @@ from formats.encoding import encoding_of
 from formats.errors import FormatError, KernelError
 from formats.kernels.ops import from_tag, linear, rows, tag_of
 from formats.kernels.registry import MODULES, load_kernels
-from formats.layer import AffineLinear, Layer, dequantize
+from formats.layer import Layer, dequantize
 from formats.modules import QuantLinear
 from formats.section import pack
 
 all_layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-
-
-def without_kernel(layer):
-    """What no GPU kernel takes, in words: the loader decodes it once."""
-    is_ordered = getattr(layer, "input_order", None) is not None
-    return "uniform with an order of its inputs" if is_ordered else "affine" * isinstance(layer, AffineLinear)
-
-
-WITH_KERNEL = {name: layer for name, layer in LAYERS.items() if not without_kernel(layer)}
 
 
 def section_of(layer: Layer) -> Tensor:
@@ -73,7 +64,7 @@ def test_a_model_compiles_into_one_graph(tiny_files):
     assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("layer", WITH_KERNEL.values(), ids=WITH_KERNEL)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("n_tokens", [1, 8, 16])
 def test_no_launch_waits_for_what_a_tensor_holds(layer, n_tokens, monkeypatch):
     """Fake tensors hold nothing, so that to ask for a value, for which a host would wait, is an error."""
@@ -98,10 +89,6 @@ def test_every_kernel_has_the_reference_s_numbers(layer, name):
         pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
     kernels, section, want = load_kernels(name), section_of(layer), torch.from_numpy(dequantize(layer))
     where = encoding_of(layer), layer.shape
-    if name == "cuda" and (kind := without_kernel(layer)):
-        with pytest.raises(KernelError, match=rf"^{kind}: there is no GPU kernel for this encoding$"):
-            kernels.decode(section, *where, torch.float32)
-        return
     ids = torch.tensor([layer.out_features - 1, 0, 0])
     assert torch.equal(kernels.decode(section, *where, torch.float32), want)
     assert torch.equal(kernels.decode_rows(section, ids, *where), want[ids])
