@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from benchmarks.kernels import FEW
 from benchmarks.tools import Limits, print_table
 from formats.encoding import MatrixEncoding, Shape, Uniform
-from formats.kernels.blocks import blocks_for
+from formats.kernels.blocks import DECODED, blocks_for
 from formats.kernels.layout import layout_of
 
 
@@ -50,11 +50,14 @@ class Work:
     bytes_moved: int
     floor: int
     operations: int
+    bytes_before: int = 0  # of those moved, by a launch that is done before the products begin
 
-    def seconds(self, gpu: Gpu, *, at_least: bool = False) -> float:
+    def seconds(self, gpu: Gpu) -> float:
         """The longer of moving and computing."""
-        moved = self.floor if at_least else self.bytes_moved
-        return max(moved / gpu.bytes_per_second, self.operations / gpu.operations_per_second)
+        before, moved = self.bytes_before, self.bytes_moved - self.bytes_before
+        return before / gpu.bytes_per_second + max(
+            moved / gpu.bytes_per_second, self.operations / gpu.operations_per_second
+        )
 
 
 def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
@@ -65,10 +68,14 @@ def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
     layout, _ = layout_of(encoding, shape)
     blocks = blocks_for(layout, n_tokens, shape[0])
     once = encoding.section_bytes(shape) + HALF * n_tokens * shape[1]
-    written = HALF * n_tokens * shape[0]
+    written, operations = HALF * n_tokens * shape[0], 2 * n_tokens * shape[0] * shape[1]
+    if blocks == DECODED:
+        weight = HALF * shape[0] * shape[1]
+        before = encoding.section_bytes(shape) + weight
+        return Work(once + 2 * weight + written, once + written, operations, before)
     handed_on = 2 * SUM * blocks.splits * n_tokens * shape[0] if blocks.splits > 1 else 0
     again = (-(-n_tokens // blocks.tokens) - 1) * encoding.section_bytes(shape)  # by every block of tokens
-    return Work(once + again + written + handed_on, once + written, 2 * n_tokens * shape[0] * shape[1])
+    return Work(once + again + written + handed_on, once + written, operations)
 
 
 def dense_seconds(shape: Shape, n_tokens: int, gpu: Gpu) -> float:

@@ -93,7 +93,6 @@ def _tuned(
 ) -> Iterator[Warmed]:
     """Each number of tokens with the blocks that are fastest."""
     from formats.kernels import triton_launch, tuning
-    from formats.kernels.blocks import FEW_TOKENS
 
     layout, _ = layout_of(encoding, shape)
     dtype = default_dtype(device)
@@ -101,8 +100,6 @@ def _tuned(
         x = torch.ones((n_tokens, shape[1]), dtype=dtype, device=device)
         with triton_launch.on_device_of(x):
             has_tiles = triton_launch.has_tiles(dtype)
-        if n_tokens > FEW_TOKENS and not has_tiles:
-            continue  # decoded for cuBLAS
 
         def product(blocks: Any, x: Tensor = x) -> Tensor:
             return triton_launch.multiply_with(x, section, encoding, shape, blocks)

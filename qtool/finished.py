@@ -39,10 +39,10 @@ def format_warm(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         blocks, shape = row["blocks"], "x".join(map(str, row["shape"]))
+        way = "with {outputs} outputs, {inputs} inputs, {splits} splits" if blocks["outputs"] else "decoded, by cuBLAS"
         lines.append(
-            f"{row['encoding']:9} {shape:>12} {row['tokens']:5} tokens: {row['milliseconds']:.4f} ms with "
-            f"{blocks['outputs']} outputs, {blocks['inputs']} inputs, {blocks['splits']} splits "
-            f"({row['untried_milliseconds']:.4f} untried)"
+            f"{row['encoding']:9} {shape:>12} {row['tokens']:5} tokens: {row['milliseconds']:.4f} ms "
+            f"{way.format_map(blocks)} ({row['untried_milliseconds']:.4f} untried)"
         )
     return "\n".join(lines)
 

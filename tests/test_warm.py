@@ -16,7 +16,7 @@ from formats.warm import warm
 
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
 from formats.kernels import tuning
-from formats.kernels.blocks import Blocks, blocks_for
+from formats.kernels.blocks import DECODED, Blocks, blocks_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LAYOUT, _ = layout_of(Uniform(bits=4, group_size=64, symmetric=False), (512, 4096))
@@ -40,10 +40,22 @@ def test_candidates_are_few_smaller_than_the_first_and_all_different():
     for n_tokens in (1, 8, 16, 512):
         first, *others = tuning.candidates(LAYOUT, n_tokens, 512)
         assert first == blocks_for(LAYOUT, n_tokens, 512)
-        assert 2 <= len(others) <= 4 and len({first, *others}) == 1 + len(others)
+        assert 2 <= len(others) <= 5 and len({first, *others}) == 1 + len(others)
+        assert (DECODED in others) == (n_tokens == 512)
         for blocks in others:
+            if blocks == DECODED:
+                continue
             assert (blocks.tokens, blocks.warps, blocks.stages) == (first.tokens, first.warps, first.stages)
             assert blocks.outputs <= first.outputs and blocks.inputs <= first.inputs
+
+
+def test_many_tokens_are_for_cublas_unless_tiles_are_found_faster():
+    assert tuning.choose(LAYOUT, 513, 512, GPU) == DECODED  # in the class of 1024
+    first, tile = tuning.candidates(LAYOUT, 1024, 512)
+    assert first == DECODED and tile.is_tile
+    assert tuning.candidates(LAYOUT, 16, 512, has_tiles=False) == [DECODED]
+    tuning.tune(LAYOUT, 1024, 512, GPU, lambda blocks: 1.0 + (blocks == DECODED))
+    assert tuning.choose(LAYOUT, 1000, 512, GPU) == tile
 
 
 def test_the_fastest_is_chosen_from_then_on_and_in_other_processes(own_cache):

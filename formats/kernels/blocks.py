@@ -12,6 +12,9 @@ FEW_TOKENS = 8
 """The kernel by rows takes so many at most."""
 TILES_FROM = 3
 """From so many on, tiles take fewer instructions a weight than rows do (`make kernels`), where there are tiles."""
+DECODED_FROM = 1024
+"""From so many on, a matrix that is decoded once for cuBLAS costs less than tiles that each block of tokens decodes
+anew: as many instructions a weight as its products take on tensor cores (`make kernels`)."""
 LEAST_OF_TENSOR_CORES = 16
 MOST_TOKENS = 128
 PROGRAMS = 96
@@ -39,10 +42,16 @@ class Blocks:
         return self.tokens > FEW_TOKENS
 
 
+DECODED = Blocks(tokens=0, outputs=0, inputs=0, splits=0, warps=0, stages=0)
+"""No blocks: the weight is decoded, and cuBLAS multiplies."""
+
+
 def blocks_for(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = True) -> Blocks:
     """The blocks for a shape: wide ones, as long as there are programs enough, and inputs split where there are not."""
-    by_tiles = n_tokens > FEW_TOKENS or (has_tiles and n_tokens >= TILES_FROM)
-    return (_tile if by_tiles else _rows)(layout, n_tokens, n_outputs)
+    if n_tokens >= DECODED_FROM or (n_tokens > FEW_TOKENS and not has_tiles):
+        return DECODED
+    by_tiles = has_tiles and n_tokens >= TILES_FROM
+    return (tile_for if by_tiles else _rows)(layout, n_tokens, n_outputs)
 
 
 def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
@@ -59,7 +68,8 @@ def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
     return _split(layout, n_outputs, Blocks(tokens, outputs, inputs, 1, warps, 2), 1)
 
 
-def _tile(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
+def tile_for(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
+    """The blocks of the kernel by tiles."""
     tokens = min(max(triton.next_power_of_2(n_tokens), LEAST_OF_TENSOR_CORES), MOST_TOKENS)
     outputs, programs = MOST_TOKENS if tokens == MOST_TOKENS else 64, triton.cdiv(n_tokens, tokens)
     while outputs > 32 and programs * triton.cdiv(n_outputs, outputs) < PROGRAMS:

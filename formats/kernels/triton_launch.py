@@ -14,7 +14,7 @@ from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
 from formats.kernels import ternary_launch
-from formats.kernels.blocks import FEW_TOKENS, Blocks
+from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks
 from formats.kernels.layout import constants, is_ternary, layout_of
 from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
 from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
@@ -26,7 +26,7 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 """Of activations, that kernels take."""
 AMPERE = 80
 SPARSE = 8, 8  # tokens or rows, and outputs or outliers of a row, at a time
-DECODED, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
+DECODED_TILE, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
 SUMS = 1024
 FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes with its version
 
@@ -39,9 +39,9 @@ def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape)
         if x.dtype not in DTYPES:
             _warn_of(x.dtype)
             return x @ decode(section, encoding, shape, torch.float32).to(x.dtype).T
-        if len(x) > FEW_TOKENS and (is_ternary(encoding) or not has_tiles(x.dtype)):
-            return x @ decode(section, encoding, shape, x.dtype).T
         if is_ternary(encoding):
+            if len(x) > FEW_TOKENS:
+                return x @ decode(section, encoding, shape, x.dtype).T
             return ternary_launch.multiply(x, section, encoding, shape)
         return multiply_with(x, section, encoding, shape)
 
@@ -54,6 +54,8 @@ def multiply_with(
     n_tokens, n_outputs = len(x), shape[0]
     is_sparse = layout.has_outliers or layout.n_columns > 0
     blocks = blocks or choose(layout, n_tokens, n_outputs, x.device, has_tiles(x.dtype))
+    if blocks == DECODED:
+        return x @ decode(section, encoding, shape, x.dtype).T
     y = x.new_empty((n_tokens, n_outputs))
     sums = y  # where one launch does it all
     if blocks.splits > 1 or (is_sparse and blocks.is_tile):
@@ -108,7 +110,7 @@ def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch
         return weight
     layout, offsets = layout_of(encoding, shape)
     constants = _constants(section.device)
-    rows, inputs = DECODED[0], DECODED[1] >> layout.has_order  # a scale and a zero for each weight take registers
+    rows, inputs = DECODED_TILE[0], DECODED_TILE[1] >> layout.has_order  # a scale and a zero for each weight take registers
     grid = triton.cdiv(shape[0], rows), triton.cdiv(shape[1], inputs)
     exact = {"L": layout, "enable_fp_fusion": False}
     with on_device_of(section):
@@ -132,7 +134,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def has_tiles(dtype: torch.dtype) -> bool:
     """Whether Triton reaches tensor cores with such activations: not on Turing, and not without rounding in float32.
 
-    There many tokens are multiplied by cuBLAS, after decoding. The interpreter takes all.
+    The interpreter takes all.
     """
     if triton.knobs.runtime.interpret:
         return True

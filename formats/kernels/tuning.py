@@ -17,12 +17,21 @@ import torch
 import triton
 
 from formats.encoding import WORD_BITS
-from formats.kernels.blocks import LEAST_INPUTS, LEAST_OF_TENSOR_CORES, MOST_SPLITS, Blocks, blocks_for
+from formats.kernels.blocks import (
+    DECODED,
+    LEAST_INPUTS,
+    LEAST_OF_TENSOR_CORES,
+    MOST_SPLITS,
+    Blocks,
+    blocks_for,
+    tile_for,
+)
 from formats.kernels.layout import TRELLIS, Layout
 
 LARGEST_CLASS = 4096
 CLASSES = [1 << power for power in range(LARGEST_CLASS.bit_length())]
-VERSION = 2
+DECODED_TRIED_FROM = 256
+VERSION = 3
 """Of the kernels: raised when they change so that old timings mislead."""
 
 
@@ -36,7 +45,10 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = 
 
     None has larger blocks than the first, whose registers and shared memory are known to suffice.
     """
-    first = blocks_for(layout, token_class(n_tokens), n_outputs, has_tiles)
+    n_tokens = token_class(n_tokens)
+    first = blocks_for(layout, n_tokens, n_outputs, has_tiles)
+    if first == DECODED:
+        return [DECODED, *([tile_for(layout, n_tokens, n_outputs)] if has_tiles else [])]
     most = min(triton.cdiv(layout.n_inputs, first.inputs), MOST_SPLITS)
     least_outputs = WORD_BITS if layout.kind == TRELLIS else LEAST_OF_TENSOR_CORES if first.is_tile else 1
     tried = [
@@ -46,7 +58,7 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = 
         replace(first, outputs=max(first.outputs // 2, least_outputs)),
         replace(first, inputs=max(first.inputs // 2, LEAST_INPUTS)),
     ]
-    return list(dict.fromkeys(tried))
+    return list(dict.fromkeys([*tried, *([DECODED] if n_tokens >= DECODED_TRIED_FROM else [])]))
 
 
 @functools.lru_cache(maxsize=4096)
