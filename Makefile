@@ -66,6 +66,7 @@ moe: $(STAMP)    ## train a small mixture of experts and measure it down to less
 	$(BIN)/python -m benchmarks.train_moe $(BUILD)/moe
 	$(BIN)/python -m benchmarks.experts --model $(BUILD)/moe
 	$(BIN)/python -m benchmarks.ternary
+	$(BIN)/python -m benchmarks.batch
 
 interop: $(REFERENCE) ## exported folders and files in the engines that they are for, beside ours: installs and builds them, half an hour
 	$(BIN)/python -m benchmarks.interop --model $(REFERENCE)

@@ -94,9 +94,13 @@ def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, perc
         input_scales = fit_input_scales(weights, cost)
         damped.copy_(hessian).mul_(input_scales).mul_(input_scales[:, None])
     diagonal = damped.diagonal().clone()
-    perm = torch.argsort(diagonal, descending=True, stable=True) if spec.act_order else torch.arange(len(diagonal))
-    ordered = _damp(damped, percdamp).index_select(0, perm).index_select(1, perm).double()
-    hinv_chol = upper_factor_of_inverse(ordered).float()
+    ordered = _damp(damped, percdamp)
+    if spec.act_order:
+        perm = torch.argsort(diagonal, descending=True, stable=True)
+        ordered = ordered.index_select(0, perm).index_select(1, perm)
+    else:
+        perm = torch.arange(len(diagonal))
+    hinv_chol = upper_factor_of_inverse(ordered.double()).float()
     return Factor(input_scales, perm, hinv_chol, damped, damped.diagonal() - diagonal, percdamp)
 
 
@@ -306,15 +310,20 @@ def _round_columns(
 
     groups: [in] i64
     """
-    free = weight.T[factor.perm].contiguous()  # [in, rows]: a column of the paper is a contiguous row here
+    perm = factor.perm
+    is_in_order = torch.equal(perm, torch.arange(len(perm)))  # then slices will do, which is a good deal faster
+    free = (weight.T if is_in_order else weight.T[perm]).contiguous()  # [in, rows]: a column is a contiguous row here
     codes_of, decoded_of, lost = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), 0.0
     for start in range(0, len(free), block_size):
         stop = min(start + block_size, len(free))
-        columns, block = factor.perm[start:stop], factor.hinv_chol[start:stop, start:stop]
+        columns = slice(start, stop) if is_in_order else perm[start:stop]
+        block = factor.hinv_chol[start:stop, start:stop]
         limits = None if rule is None else rule.limits(block.diagonal())
         codes, decoded, errors = grid.round_block(free[start:stop], block, groups[columns], limits)
         if limits is not None:
-            for column, kept in zip(columns.tolist(), kept_values(free[start:stop] - decoded, limits), strict=True):
+            for column, kept in zip(
+                perm[start:stop].tolist(), kept_values(free[start:stop] - decoded, limits), strict=True
+            ):
                 keep(column, kept)
         codes_of[columns], decoded_of[columns] = codes, decoded
         # With d the difference, H⁻¹ = UᵀU and errors e: d = eU, and so d H dᵀ = e eᵀ.
