@@ -9,6 +9,7 @@ over what copying a gigabyte on the same GPU in the same run reaches.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from typing import Any
@@ -18,8 +19,12 @@ import torch
 
 from benchmarks.kernels import FEW
 from benchmarks.roofline import work_of
+from benchmarks.ternary import QMOE_RATE, drawn
 from benchmarks.tools import print_table
 from formats.encoding import MatrixEncoding, Shape
+from formats.kernels.ternary import ENCODERS
+from formats.layer import TernaryLinear
+from formats.section import pack
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 COPIED_BYTES = 1 << 29
@@ -76,8 +81,7 @@ def measure(shape: Shape, n_tokens: int, bytes_per_second: float) -> list[tuple[
     weight = torch.randn(shape, dtype=torch.float16, device="cuda")
     dense = milliseconds(lambda: x @ weight.T)
     found = []
-    for name, encoding in FEW.items():
-        section = random_section(encoding, shape).cuda()
+    for name, encoding, section in sections(shape):
         took = milliseconds(
             lambda section=section, encoding=encoding: triton_launch.multiply(x, section, encoding, shape)
         )  # type: ignore[misc]
@@ -90,6 +94,18 @@ def measure(shape: Shape, n_tokens: int, bytes_per_second: float) -> list[tuple[
     ]
 
 
+@functools.cache
+def sections(shape: Shape) -> list[tuple[str, MatrixEncoding, torch.Tensor]]:
+    """(name, encoding, section on the GPU) of everything that is measured."""
+    found = [(name, encoding, random_section(encoding, shape).cuda()) for name, encoding in FEW.items()]
+    values = drawn(QMOE_RATE, shape)
+    for coding in ENCODERS:  # streams, which no random bytes are
+        layer = TernaryLinear(codes=values, scales=np.tile(np.float16([-1, 1]), (shape[0], 1)), coding=coding)
+        section = torch.frombuffer(bytearray(pack(layer)), dtype=torch.uint8).cuda()
+        found.append((f"{coding}, {QMOE_RATE:.1%} zeros", layer.encoding, section))
+    return found
+
+
 def random_section(encoding: MatrixEncoding, shape: Shape) -> torch.Tensor:
     """Bytes of the right length: codes at random, floats small, outliers in order."""
     rng = np.random.default_rng(0)
@@ -100,6 +116,8 @@ def random_section(encoding: MatrixEncoding, shape: Shape) -> torch.Tensor:
             view[...] = rng.normal(0, 0.02, part.shape)
         elif part.name == "outlier_rows":
             view[...] = np.linspace(0, getattr(encoding, "outliers", 0), part.shape[0])
+        elif part.name == "input_order":
+            view[...] = rng.permutation(shape[1])
         elif part.name in ("outlier_columns", "columns"):
             view[...] = np.sort(rng.integers(0, shape[1], part.shape))
         else:

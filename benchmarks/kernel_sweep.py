@@ -60,7 +60,16 @@ def check(seed: int) -> float:
 def random_layer(rng: np.random.Generator):  # type: ignore[no-untyped-def]
     """A layer of any encoding, and a number of tokens."""
     from format_samples import make_layer
-    from layer_samples import make_codebook, make_int8, make_spqr, make_ternary, make_trellis, with_outliers
+    from layer_samples import (
+        make_affine,
+        make_codebook,
+        make_int8,
+        make_spqr,
+        make_ternary,
+        make_trellis,
+        with_order,
+        with_outliers,
+    )
 
     def one_of(*values: object) -> object:
         return values[rng.integers(len(values))]
@@ -68,7 +77,7 @@ def random_layer(rng: np.random.Generator):  # type: ignore[no-untyped-def]
     n, k = int(rng.integers(1, 300)), int(rng.integers(1, 300))
     bits, group, scaled = int(rng.integers(2, 9)), int(rng.integers(8, 2 * k + 9)), bool(rng.integers(2))
     group = min(group, k)
-    kind = one_of("uniform", "spqr", "codebook", "int8", "trellis", "ternary_dict", "ternary_rans")
+    kind = one_of("uniform", "spqr", "codebook", "int8", "trellis", "ternary_dict", "ternary_rans", "affine")
     if kind == "uniform":
         layer = make_layer(n, k, bits, group, symmetric=bool(rng.integers(2)), scaled=scaled)
     elif kind == "spqr":
@@ -81,9 +90,14 @@ def random_layer(rng: np.random.Generator):  # type: ignore[no-untyped-def]
         layer = make_int8(n, k, tuple(sorted({int(c) for c in rng.integers(0, k, rng.integers(0, 5))})))
     elif kind in ("ternary_dict", "ternary_rans"):
         layer = make_ternary(n, k, int(rng.integers(1, 60)), kind, scaled)
+    elif kind == "affine":
+        statistics = (int(rng.integers(2, 9)), int(rng.integers(1, 20))) if scaled else ()
+        layer = make_affine(n, k, bits, group, bool(rng.integers(2)), *statistics)
     else:
         layer = make_trellis(n, k, int(rng.integers(1, 7)), group, memory=int(rng.integers(2, 10)), scaled=scaled)
-    if kind not in ("int8", "ternary_dict", "ternary_rans") and rng.integers(3) == 0:
+    if kind in ("uniform", "spqr") and rng.integers(4) == 0:
+        layer = with_order(layer, step=next(step for step in (7, 11, 13) if k % step))
+    if kind not in ("int8", "ternary_dict", "ternary_rans", "affine") and rng.integers(3) == 0:
         layer = with_outliers(layer, every=int(rng.integers(2, 60)))
     return layer, int(one_of(1, 2, 3, 5, 8, 9, 16, 17, 33, 64, 80))
 

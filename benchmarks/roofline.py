@@ -5,8 +5,9 @@
 Bytes and operations are counted from a launch's own arguments; divided by the datasheet's limits of each GPU they give
 a time that no kernel can beat, and the most that a file of so many bits can gain over fp16. Beside it stands what
 MARLIN (arXiv 2408.11743) reports for 4.125 bits on an A10: nearly the ideal 3.87 up to 16 tokens. Fails when a launch
-with any encoding and up to 32 tokens counts more than 5 % above the floor: activations, the section and the result,
-each once. That kernels read the section once is what `tests/formats/test_kernel_reads.py` counts.
+with any encoding and up to 32 tokens (ternary: 8, more are decoded for cuBLAS) counts more than 5 % above the floor:
+activations, the section and the result, each once. That kernels read the section once is what
+`tests/formats/test_kernel_reads.py` counts.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from benchmarks.kernels import FEW
+from benchmarks.kernels import FEW, TERNARY
 from benchmarks.tools import Limits, print_table
 from formats.encoding import MatrixEncoding, Shape, Uniform
-from formats.kernels.blocks import DECODED, blocks_for
-from formats.kernels.layout import layout_of
+from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks, blocks_for
+from formats.kernels.layout import is_ternary, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,7 @@ def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
 
     Activations are small, and count once: all programs but the first find them in the cache.
     """
-    layout, _ = layout_of(encoding, shape)
-    blocks = blocks_for(layout, n_tokens, shape[0])
+    blocks = _blocks(encoding, shape, n_tokens)
     once = encoding.section_bytes(shape) + HALF * n_tokens * shape[1]
     written, operations = HALF * n_tokens * shape[0], 2 * n_tokens * shape[0] * shape[1]
     if blocks == DECODED:
@@ -76,6 +76,16 @@ def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
     handed_on = 2 * SUM * blocks.splits * n_tokens * shape[0] if blocks.splits > 1 else 0
     again = (-(-n_tokens // blocks.tokens) - 1) * encoding.section_bytes(shape)  # by every block of tokens
     return Work(once + again + written + handed_on, once + written, operations)
+
+
+def _blocks(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Blocks:
+    """Ternary kernels have none but for the number of tokens: a program has all of a row, or of a segment of it."""
+    if not is_ternary(encoding):
+        return blocks_for(layout_of(encoding, shape)[0], n_tokens, shape[0])
+    if n_tokens > FEW_TOKENS:
+        return DECODED
+    splits = -(-shape[1] // getattr(encoding, "segment", shape[1]))
+    return Blocks(tokens=n_tokens, outputs=1, inputs=shape[1], splits=splits, warps=1, stages=1)
 
 
 def dense_seconds(shape: Shape, n_tokens: int, gpu: Gpu) -> float:
@@ -101,8 +111,8 @@ def main() -> None:
         rows.append((n_tokens, f"{work.bytes_moved / 1e6:.2f} MB", f"{over:.1%}", *gains, marlin))
     print(f"prediction: {encoding}, {shape[0]} x {shape[1]}; speed-up over fp16 at the datasheet's limits")
     print_table(("tokens", "moved", "above the floor", *(gpu.name for gpu in GPUS), "MARLIN, A10"), rows)
-    for name, each in FEW.items():
-        for n_tokens in (n for n in TOKENS if n <= FEW_ENOUGH):
+    for name, each in (FEW | TERNARY).items():
+        for n_tokens in (n for n in TOKENS if n <= (FEW_TOKENS if is_ternary(each) else FEW_ENOUGH)):
             work = work_of(each, shape, n_tokens)
             limits.at_most(f"{name}, {n_tokens} tokens: bytes above the floor", work.bytes_moved / work.floor - 1, 0.05)
     limits.finish()

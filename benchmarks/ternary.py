@@ -64,7 +64,7 @@ def main() -> None:
 
 def measure(zeros: float, known: float | None, size: int, repeats: int, limits: Limits) -> list[str]:
     """One row of the table, its promises remembered."""
-    codes = drawn(zeros, size)
+    codes = drawn(zeros, (size, size))
     share = round(SHARES * (1 - zeros) / 2)
     matched = 16 * len(ternary.codewords_of(codes, share, share)[0]) / codes.size
     chosen, speeds = 0.0, []
@@ -92,9 +92,9 @@ def measure(zeros: float, known: float | None, size: int, repeats: int, limits: 
     return [f"{zeros:.1%}", *bits, *(f"{speed:,.0f}" for speed in speeds)]
 
 
-def drawn(zeros: float, size: int) -> np.ndarray:
-    """Independent values [size, size] i8."""
-    uniform = np.random.default_rng(0).random((size, size), np.float32)
+def drawn(zeros: float, shape: tuple[int, int]) -> np.ndarray:
+    """Independent values of this shape, i8."""
+    uniform = np.random.default_rng(0).random(shape, np.float32)
     return np.where(uniform < zeros, 0, np.where(uniform < (1 + zeros) / 2, -1, 1)).astype(np.int8)
 
 
