@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,11 @@ def _open_original(model: str, trust_remote_code: bool) -> Checkpoint:
 
 def format_result(result: dict[str, Any]) -> str:
     error = result["quality"]["mean_relative_error"]
+    mixtures = result["quality"].get("experts") or {}
     troubled = [
-        f"{len(result['quality'][key])} layers {text}" for key, text in TROUBLE.items() if result["quality"][key]
+        f"{_counted(result['quality'][key], mixtures)} {text}"
+        for key, text in TROUBLE.items()
+        if result["quality"][key]
     ]
     return (
         f"{result['file']}: {format_bytes(result['file_bytes'])}, {result['bits_per_weight']:.3f} bits per weight, "
@@ -125,6 +128,13 @@ def format_result(result: dict[str, Any]) -> str:
         f"{result['seconds']:.0f} s, peak memory {format_bytes(result['peak_rss_bytes'])}"
         + "".join(f"; {line} (qtool inspect names them)" for line in troubled)
     )
+
+
+def _counted(names: Iterable[str], mixtures: Container[str]) -> str:
+    """Layers, and mixtures that stand for their experts where these are too many to be named."""
+    found = Counter(name in mixtures for name in names)
+    parts = [f"{found[False]} layers"] * (found[False] > 0) + [f"experts of {found[True]} blocks"] * (found[True] > 0)
+    return " and ".join(parts)
 
 
 def dry_run(request: Request) -> Estimated:

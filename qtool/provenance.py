@@ -25,6 +25,7 @@ from qtool.errors import CheckpointError
 from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
 from qtool.recipe import Recipe
+from qtool.runlog import MAX_NAMED, told
 
 PROBE = "Hello, world! 1234567890 \n\n\tdef f(x): return x**2  # naïve café, Привет, 你好, 🙂"
 LONGEST_FLOAT = -1.2345678901234567e-100
@@ -142,9 +143,11 @@ def header_bytes(
 
 
 def _longest_quality(plan: Iterable[TensorPlan]) -> dict[str, Any]:
-    """What a run has to report in the worst case: layers that were damped harder and left out tokens, all of them."""
+    """What a run has to report in the worst case: layers that were damped harder and left out tokens, all of them, or
+    the longest names of as many as are told one by one."""
     plan = list(plan)
-    names = [tensor.name for tensor in plan if tensor.spec is not None and tensor.in_block]
+    all_names = [tensor.name for tensor in plan if tensor.spec is not None and tensor.in_block]
+    names = {*sorted(all_names, key=len)[-MAX_NAMED:], *told(dict.fromkeys(all_names, 0), sum)}
     mixtures = Counter(expert[0] for expert in {expert_of(tensor.name) for tensor in plan} if expert is not None)
     return {
         "mean_relative_error": LONGEST_FLOAT,

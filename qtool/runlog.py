@@ -54,10 +54,10 @@ class RunReport:
         """The file's own account of itself."""
         return {
             "mean_relative_error": float(np.mean(list(self.relative_errors.values()) or [0.0])),
-            "harder_damped": _told(self.harder_damped, max),
-            "dropped_tokens": _told(self.dropped_tokens, sum),
-            "uncalibrated": list(_told(dict.fromkeys(self.uncalibrated, 0), sum)),
-            "rounded": list(_told(dict.fromkeys(self.rounded, 0), sum)),
+            "harder_damped": told(self.harder_damped, max),
+            "dropped_tokens": told(self.dropped_tokens, sum),
+            "uncalibrated": list(told(dict.fromkeys(self.uncalibrated, 0), sum)),
+            "rounded": list(told(dict.fromkeys(self.rounded, 0), sum)),
         } | ({"experts": self._experts()} if self.experts or self.zeros else {})
 
     def _experts(self) -> dict[str, dict[str, list[Any]]]:
@@ -76,7 +76,7 @@ class RunReport:
         return {name: self.experts.get(name, {}) | zeros.get(name, {}) for name in self.experts | zeros}
 
 
-def _told(found: dict[str, Number], joined: Callable[[Iterable[Number]], Number]) -> dict[str, Number]:
+def told(found: dict[str, Number], joined: Callable[[Iterable[Number]], Number]) -> dict[str, Number]:
     """By layer; where more are named than a header has room for, the experts' by their mixture."""
     if len(found) <= MAX_NAMED:
         return found

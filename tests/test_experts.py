@@ -25,6 +25,7 @@ from formats.tensors import decode_tensor
 from formats.writer import Writer
 from qtool import mixture as mixture_module
 from qtool.checkpoint import open_checkpoint
+from qtool.commands import _counted
 from qtool.mixture import Mixture, RoutedTokens
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32
@@ -377,6 +378,9 @@ def test_more_layers_than_a_header_has_room_for_are_told_by_mixture():
     assert quality["harder_damped"] == {"m.0.experts": 599 / 8, "m.1.experts": 1199 / 8, "m.0.q.weight": 0.5}
     assert quality["dropped_tokens"] == report.dropped_tokens  # these there is room for
     assert quality["rounded"] == ["m.0.experts", "m.1.experts"] and quality["uncalibrated"] == []
+    mixtures = {"m.0.experts": {}, "m.1.experts": {}}
+    assert _counted(quality["harder_damped"], mixtures) == "1 layers and experts of 2 blocks"
+    assert _counted(quality["dropped_tokens"], mixtures) == "1000 layers"
 
 
 def test_bits_below_one_are_held_against_what_the_experts_take(tiny_files, tmp_path):
