@@ -23,7 +23,9 @@ from formats.reader import QtmFile
 
 ENGINES = {"gptq": "gptq_engine", "compressed-tensors": "compressed_tensors_engine", "awq": "gptq_engine"}
 """Format -> the environment whose engine loads it."""
-MOST_SECONDS, MOST_APART = 30, 2e-3
+MOST_SECONDS = 30
+MOST_APART = {"gptq": 2e-3, "compressed-tensors": 2e-3, "awq": 0.2}
+"""Of logits. AWQ's engine has no kernel for the CPU that multiplies in more than fp16."""
 N_TOKENS = 256
 
 
@@ -49,7 +51,7 @@ def main() -> None:
             linears, theirs = run_engine(ENGINES[to], folder, args.work)
             engine, difference = ", ".join(linears), float(np.abs(theirs - ours).max())
             apart = f"{difference:.1e}"
-            limits.at_most(f"{to}: largest difference of a logit", difference, MOST_APART)
+            limits.at_most(f"{to}: largest difference of a logit", difference, MOST_APART[to])
         back = ""
         if to in ENGINES:
             back = same_numbers(path, folder, args.work / "interop-back.qtm")

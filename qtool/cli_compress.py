@@ -28,7 +28,7 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 _method_options = _options(
     click.option(
-        "--for", "engine", metavar="[gptq|vllm|compressed-tensors|awq|gguf:q4_0|...]",
+        "--for", "engine", metavar="[gptq|vllm|compressed-tensors|awq|gguf:q4_k|...]",
         help="A recipe whose export is exact and fast there: gptq, vllm, compressed-tensors, awq, gguf:q4_0, "
         "gguf:q4_1, gguf:q5_0, gguf:q5_1 or gguf:q8_0.",
     ),
@@ -44,10 +44,10 @@ _method_options = _options(
         "ternary.",
     ),
     click.option(
-        "--format", metavar="[int|nf4|fp4|fitted|trellis|ternary]",
+        "--format", metavar="[int|nf4|fp4|fitted|trellis|ternary|q_k|q_1]",
         help="What a code stands for. fitted: levels fitted to each layer; trellis: a step on a path of levels, 1 to 6 "
-        "bits; ternary: zero or one of two values of the row.  [default: int; trellis for gptq and spqr with --effort "
-        "best or a target]",
+        "bits; ternary: zero or one of two values of the row; q_k, q_1: llama.cpp's Q2_K to Q6_K, and Q4_1 and Q5_1, "
+        "by --bits.  [default: int; trellis for gptq and spqr with --effort best or a target]",
     ),
     click.option(
         "--expert-format", metavar="[ternary]",

@@ -14,6 +14,7 @@ from formats.export.gptq import MERGED
 from formats.skeleton import is_transposed_linear
 from qtool.errors import ConfigError
 from qtool.model import BlockwiseModel
+from qtool.recipe import GGML
 
 ROW = -1
 
@@ -28,6 +29,9 @@ class EngineRules:
     embeddings: tuple[int, ...] = (16,)
     multiple: tuple[int, int] = (1, 1)  # of outputs and of inputs
     mixes: bool = True  # whether layers may have different bits
+    formats: tuple[str, ...] = ("int",)
+    widths: tuple[int, ...] = ()  # that layers and a target may have besides; none: those of `bits`
+    fuses: bool = True  # whether a target gives one width to what reads one input
     merges: bool = False  # whether it runs what MERGED names as one matrix, which has one width or none
 
 
@@ -38,16 +42,30 @@ ENGINES: dict[str, EngineRules] = {
     "compressed-tensors": EngineRules(bits=(4, 2, 3, 5, 6, 7, 8)),
     "awq": EngineRules(bits=(4,), symmetric=(False, True), multiple=(8, 1), mixes=False),
     **{
-        # A block's minimum is an fp16 of its own: minus 2^(bits - 1) scales is one whatever the scale.
-        f"gguf:{kind}": EngineRules(bits=(bits,), group_sizes=(32,), embeddings=(8, 16), multiple=(1, 32), mixes=False)
-        for kind, bits in {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}.items()
+        f"gguf:q{bits}_0": EngineRules(
+            bits=(bits,), group_sizes=(32,), embeddings=(8, 16), multiple=(1, 32), mixes=False
+        )
+        for bits in (4, 5, 8)
+    },
+    **{
+        f"gguf:q{bits}_{form[-1]}": EngineRules(
+            bits=(bits,),
+            formats=(form,),
+            widths=tuple(GGML[form]),
+            symmetric=(),
+            group_sizes=(),
+            embeddings=(8, 16),
+            multiple=(1, 32),
+            fuses=False,
+        )
+        for form, widths in GGML.items()
+        for bits in widths
     },
 }
 """By what `--for` is given."""
 
 NEEDED: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
-    "number_format": ("int",),
     "input_scales": (False,),
     "stat_bits": (0,),
     "stat_rows": (),
@@ -79,6 +97,7 @@ def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tu
     rules = rules_of(engine)
     for name, allowed in NEEDED.items():
         _check(engine, name, options.get(name), allowed)
+    _check(engine, "number_format", options.get("number_format"), rules.formats)
     _check(engine, "symmetric", options.get("symmetric"), rules.symmetric)
     _check(engine, "embeddings", options.get("embeddings"), rules.embeddings)
     _check(engine, "bits", options.get("bits"), rules.bits)
@@ -88,17 +107,15 @@ def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tu
             _check_merged(engine, rules, options, shapes)
         shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
     _check_shapes(engine, rules, shapes)
-    chosen = {
-        "embeddings": rules.embeddings[0],
-        "group_size": _group_size(engine, rules, options.get("group_size"), shapes),
-        "number_format": "int",
-    }
-    if options.get("symmetric") is None:
+    chosen: dict[str, Any] = {"embeddings": rules.embeddings[0], "number_format": rules.formats[0]}
+    if rules.group_sizes:
+        chosen["group_size"] = _group_size(engine, rules, options.get("group_size"), shapes)
+    if rules.symmetric and options.get("symmetric") is None:
         chosen["symmetric"] = rules.symmetric[0]
     if options["method"] != "rtn":
         chosen["input_scales"] = False  # the solver's; rounding to nearest has none
     if _has_target(options):
-        chosen |= {"fused": True, "widths": tuple(sorted(rules.bits))}  # vLLM runs q, k and v as one matrix
+        chosen |= {"fused": rules.fuses, "widths": tuple(sorted(rules.widths or rules.bits))}
     elif options.get("bits") is None:
         chosen["bits"] = rules.bits[0]
     return {**options, **{name: value for name, value in chosen.items() if options.get(name) in (None, False)}}
@@ -133,8 +150,9 @@ def _check_layers(engine: str, rules: EngineRules, options: Mapping[str, Any]) -
                 raise ConfigError(f"--for {engine}: has one width, {given} mixes them; leave one of the two out")
     for text in options["layers"]:
         bits = text.rpartition("=")[2]
-        if bits.isdigit() and int(bits) not in (rules.bits if rules.mixes else rules.bits[:1]):
-            raise ConfigError(f"--for {engine}: bits must be {_either(rules.bits)}, --layer {text} is something else")
+        allowed = rules.widths or (rules.bits if rules.mixes else rules.bits[:1])
+        if bits.isdigit() and int(bits) not in allowed:
+            raise ConfigError(f"--for {engine}: bits must be {_either(allowed)}, --layer {text} is something else")
 
 
 def _check_merged(engine: str, rules: EngineRules, options: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from formats.encoding import Codebook, Int8Rows, MatrixEncoding, Shape, Trellis, Uniform
 from qtool.codebook import choose_levels, fit_codebook
+from qtool.ggml_grid import fit_ggml, planned_ggml
 from qtool.grid import Grid, fit_uniform
 from qtool.outliers import OutlierRule
-from qtool.recipe import QuantSpec
+from qtool.recipe import GGML, QuantSpec
 from qtool.sizes import run_length
 from qtool.ternary import fit_ternary, planned_ternary
 
@@ -46,6 +47,8 @@ def fit_grid(
         return fit_trellis(weight, spec, input_scales=input_scales)
     if spec.format == "ternary":
         return fit_ternary(weight, input_scales=input_scales, hessian=hessian)
+    if spec.format in GGML:
+        return fit_ggml(weight, spec, hessian)
     levels = choose_levels(weight, spec, input_scales, cost)
     return fit_codebook(weight, spec, levels, input_scales=input_scales, hessian=hessian, rule=rule)
 
@@ -56,6 +59,8 @@ def planned_encoding(spec: QuantSpec, shape: Shape) -> MatrixEncoding:
         return Int8Rows(columns=min(spec.outlier_features, shape[1]))
     if spec.format == "ternary":
         return planned_ternary(shape, input_scales=spec.input_scales)
+    if spec.format in GGML:
+        return planned_ggml(spec, shape)
     common: dict[str, Any] = {
         "bits": spec.bits,
         "group_size": spec.groups_of(shape[1]),

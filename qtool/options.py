@@ -8,7 +8,7 @@ from typing import Any
 
 from qtool.errors import ConfigError
 from qtool.memory import parse_size
-from qtool.recipe import FORMATS, METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
+from qtool.recipe import FORMATS, GGML, METHODS, CalibrationSpec, QuantSpec, Recipe, Target, one_of
 
 GROUP_SIZES = {"int": 128, "nf4": 64, "fp4": 64, "fitted": 64, "trellis": -1}
 TERNARY_GRIDS = ("minmax", "mse")
@@ -138,6 +138,12 @@ def _linears(
         number_format = "trellis" if method == "gptq" and (effort == "best" or targeted) else "int"
     if number_format in FORMATS and number_format != "int" and chosen.get("symmetric"):
         raise ConfigError(f"--sym: {number_format} has no zeros; give --format int, or leave it out")
+    if number_format in GGML:
+        for name in ("group_size", "input_scales"):
+            if chosen.get(name):
+                raise ConfigError(
+                    f"{_given(name, chosen[name])}: {number_format} has the blocks of llama.cpp; leave it out"
+                )
     if number_format == "trellis":
         if "scale_search" in chosen:
             raise ConfigError(

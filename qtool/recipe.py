@@ -10,15 +10,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from formats.ggml.types import BLOCK, SUPER_BLOCK
 from qtool.errors import ConfigError
 
 Method = Literal["gptq", "rtn", "int8"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "int8")
-Format = Literal["int", "nf4", "fp4", "fitted", "trellis", "ternary"]
-FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis", "ternary")
+Format = Literal["int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_1", "q_k"]
+FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_1", "q_k")
+GGML: dict[str, dict[int, int]] = {"q_1": {4: 32, 5: 32}, "q_k": {2: 16, 3: 16, 4: 32, 5: 32, 6: 16}}
+"""llama.cpp's types of blocks with minima, and of super-blocks: by their bits, the inputs that share a scale."""
 BITS: dict[str, range] = {
     "int": range(2, 9), "nf4": range(4, 5), "fp4": range(4, 5), "fitted": range(2, 9), "trellis": range(1, 7),
     "ternary": range(2, 3),  # what a code takes in memory; in the file, what its zeros let it
+    **{name: range(min(groups), max(groups) + 1) for name, groups in GGML.items()},
 }  # fmt: skip
 _SOLVER_OPTIONS = ("act_order", "scale_search", "input_scales")
 
@@ -68,6 +72,8 @@ class QuantSpec:
             object.__setattr__(self, "scale_search", False)
         if self.format == "ternary":
             self._check_ternary()
+        if self.format in GGML:
+            self._check_ggml()
         if self.method == "int8":
             for option, value in (("format", "int"), ("bits", 8), ("group_size", -1), ("symmetric", True)):
                 object.__setattr__(self, option, value)
@@ -91,6 +97,15 @@ class QuantSpec:
             raise ConfigError(f"group_size={self.group_size}: ternary has its values by row; leave it out")
         if self.stat_bits or self.keeps_outliers:
             raise ConfigError("ternary: has two values a row in 16 bits and no outliers; leave those options out")
+
+    def _check_ggml(self) -> None:
+        """Nothing stands beside the blocks."""
+        if self.stat_bits or self.keeps_outliers or self.symmetric:
+            raise ConfigError(
+                f"{self.format}: has the statistics of llama.cpp's blocks and no outliers; leave those options out"
+            )
+        object.__setattr__(self, "group_size", GGML[self.format][self.bits])
+        object.__setattr__(self, "input_scales", False)
 
     def _check_outliers(self) -> None:
         if not 0 <= self.outliers < 0.5:
@@ -127,6 +142,8 @@ class QuantSpec:
 
     def groups_of(self, in_features: int) -> int:
         """The group size for a row of `in_features`: never longer than the row."""
+        if self.format == "q_k" and in_features % SUPER_BLOCK:
+            return BLOCK  # what super-blocks fall back to
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
 
 

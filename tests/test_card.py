@@ -185,6 +185,8 @@ def test_the_command_gives_the_recipe_of_a_file(tiny_files, options):
         "--method rtn --format ternary",
         "--effort best --bits 2",
         "--effort fast",
+        "--format q_k --bits 5 --no-act-order",
+        "--method rtn --format q_1",
         "--effort fast --format trellis --outlier-threshold 0.4",
         "--format trellis --outlier-threshold 0",
         "--target-size 90MB",

@@ -68,7 +68,19 @@ def test_what_is_chosen():
         ("gptq", {"group_size": 128}, "a.q_proj.weight has 576 inputs, which groups of 128 do not divide"),
         ("gptq", {"layers": ("down_proj=5",)}, "bits must be 4, 2, 3 or 8, --layer down_proj=5 is something else"),
         ("awq", {"target_bits": 4.5}, "has one width, --target-bits 4.5 mixes them"),
-        ("gguf:q4_k", {}, "only gguf:q4_0, gguf:q4_1, gguf:q5_0, gguf:q5_1, gguf:q8_0 can be exact; export --lossy"),
+        (
+            "gguf:iq2_xs",
+            {},
+            "only gguf:q4_0, gguf:q5_0, gguf:q8_0, gguf:q4_1, gguf:q5_1, gguf:q2_k, gguf:q3_k, gguf:q4_k,",
+        ),
+        ("gguf:q4_k", {"bits": 5}, "--for gguf:q4_k: goes with --bits 4, not with --bits 5"),
+        (
+            "gguf:q4_k",
+            {"number_format": "int"},
+            "goes with --format q_k, not with --format int; leave one of the two out",
+        ),
+        ("gguf:q4_1", {"symmetric": True}, "has nothing like --sym; leave one of the two out"),
+        ("gguf:q4_0", {"target_bits": 4.5}, "has one width, --target-bits 4.5 mixes them"),
         ("onnx", {}, "--for onnx: must be one of gptq, vllm, compressed-tensors, awq, gguf:q4_0"),
     ],
 )

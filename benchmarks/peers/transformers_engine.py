@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 
 def main() -> None:
     folder, ids_file, logits_file = map(Path, sys.argv[1:4])
+    # The plain kernels, of float32 and for AWQ of fp16: GPTQModel's faster ones for CPUs have activations in bf16.
+    method = AutoConfig.from_pretrained(folder).quantization_config["quant_method"]
     options = {}
-    if AutoConfig.from_pretrained(folder).quantization_config["quant_method"] == "gptq":
-        # The kernel that can multiply in float32: GPTQModel's faster one for CPUs has activations in bf16.
+    if method == "gptq":
         options["quantization_config"] = GPTQConfig(bits=4, backend="torch")
+    elif method == "awq":
+        options["quantization_config"] = AwqConfig(bits=4, backend="torch_awq")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options).eval()
     # Scales too, which GPTQModel leaves in fp16: weights would be rounded to that. transformers' own method refuses.
     torch.nn.Module.float(model)

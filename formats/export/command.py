@@ -65,7 +65,8 @@ def _linears(spec: Mapping[str, Any], *, is_targeted: bool) -> Iterator[str]:
         return
     if not is_targeted:
         yield from _given("bits", spec["bits"])
-    yield from _given("group_size", spec["group_size"])
+    if not spec["format"].startswith("q_"):  # llama.cpp's blocks have their own
+        yield from _given("group_size", spec["group_size"])
     if spec["format"] == "int":
         yield "--sym" if spec["symmetric"] else "--asym"
     if spec["stat_bits"]:
