@@ -23,6 +23,10 @@ RECIPES = [
     ("GPTQ 4 bits, group 64", ["--bits", 4, "--group-size", 64, *LEFT]),
     ("GPTQ 4 bits, group 64, blocks independent", ["--bits", 4, "--group-size", 64, "--independent", *LEFT]),
     ("round to nearest 4 bits, group 64", ["--bits", 4, "--group-size", 64, "--method", "rtn", *LEFT]),
+    ("GPTQ, llama.cpp's Q4_1", ["--format", "q_1", "--bits", 4, *LEFT]),
+    ("GPTQ, llama.cpp's Q4_0", ["--for", "gguf:q4_0", *LEFT]),
+    ("GPTQ, llama.cpp's K types, 5.5 bits", ["--for", "gguf:q4_k", "--target-bits", 5.5, *LEFT]),
+    ("GPTQ, llama.cpp's K types, 4.6 bits", ["--for", "gguf:q4_k", "--target-bits", 4.6, *LEFT]),
     ("GPTQ 3 bits, group 64", ["--bits", 3, "--group-size", 64, *LEFT]),
     ("round to nearest 3 bits, group 64", ["--bits", 3, "--group-size", 64, "--method", "rtn", *LEFT]),
 ]
@@ -53,7 +57,12 @@ def main() -> None:
     limits.at_most("perplexity ratio at 4 bits, group 64", float(rows[1][3]), 1.23)
     limits.at_most("perplexity ratio, keys and values in 8 bits", float(rows[-2][3]), 1.01)
     limits.at_most("perplexity ratio, keys and values in 4 bits", float(rows[-1][3]), 1.1)
-    limits.at_most("3 bits against round to nearest", float(rows[5][3]) / float(rows[6][3]), 0.5)
+    ratios = {name: float(ratio) for name, _, _, ratio in rows}
+    rounded = ratios["qtool, round to nearest 3 bits, group 64"]
+    limits.at_most("3 bits against round to nearest", ratios["qtool, GPTQ 3 bits, group 64"] / rounded, 0.5)
+    for kind in PEERS:
+        lost, theirs = ratios[f"qtool, GPTQ, llama.cpp's {kind.name}"] - 1, ratios[f"llama.cpp {kind.name}"] - 1
+        limits.at_most(f"what {kind.name} loses, beside llama.cpp's own", lost / theirs, 0.5)
     limits.finish()
 
 
