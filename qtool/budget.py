@@ -15,16 +15,15 @@ from qtool.memory import peak_rss_bytes
 from qtool.mixture import BATCH_ELEMENTS
 from qtool.model import BlockwiseModel
 from qtool.plan import TensorPlan
-from qtool.recipe import Recipe
+from qtool.recipe import GGML, Recipe
 from qtool.sample import SAMPLES_PER_BATCH
 from qtool.sensitivity import LOGITS_BACKWARD, windows_backward
 from qtool.sizes import MAX_RUN, format_bytes, stored_bytes
 from qtool.states import EXPERT_FILES, TOKENS_PER_BATCH, windows_per_batch
 
 INTERPRETER_BYTES = 500_000_000  # Python with torch and transformers imported
-COMPILER_BYTES = (
-    170_000_000  # numba, which compiles the trellis's search, experts' columns and the coding of ternary values
-)
+COMPILER_BYTES = 170_000_000  # numba, which compiles experts' columns and what these formats need
+COMPILED = ("trellis", "ternary", *GGML)
 TOKENIZER_BYTES = 350_000_000  # a piece of calibration text while it is tokenized
 SLACK = 1.15  # what the allocator holds free between tensors
 SOLVER_COPIES = 11  # of a stripe of weights as float32: scaled, free, codes, errors, decoded, the grid's temporaries
@@ -132,9 +131,7 @@ def _peak_rss_bytes(
             if tensor.spec is not None:
                 waiting = max(hessians - 8 * tensor.shape[1] ** 2, 0)  # those of inputs that are solved later
                 moments.append(weights + waiting + _solver_bytes(tensor, calibrated=bool(n_tokens)))
-    compiler = COMPILER_BYTES * any(
-        t.spec is not None and (t.spec.format in ("trellis", "ternary") or t.is_expert) for t in plan
-    )
+    compiler = COMPILER_BYTES * any(t.spec is not None and (t.spec.format in COMPILED or t.is_expert) for t in plan)
     return int(INTERPRETER_BYTES + compiler + SLACK * max(moments))
 
 

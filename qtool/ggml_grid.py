@@ -21,10 +21,12 @@ from qtool.errors import ConfigError
 from qtool.grid import Grid
 from qtool.recipe import QuantSpec
 
+NO_CODES = np.empty((0, 0), np.uint8)
+
 
 @dataclass(frozen=True, eq=False)
 class GgmlGrid(Grid):
-    """scale * (code - offset) + base: scales and bases [G, out] f32, as `blocks` decode, whose codes are not used."""
+    """scale * (code - offset) + base: scales and bases [G, out] f32, as `blocks`, which have no codes, decode."""
 
     blocks: Blocks | KBlocks
     scales: Tensor
@@ -58,6 +60,7 @@ def fit_ggml(weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None) -> 
 
     importance = None if hessian is None else hessian.diagonal().numpy()
     blocks = fit(weight.contiguous().numpy(), kind_of(spec, weight.shape[1]), importance)
+    blocks = replace(blocks, codes=NO_CODES)  # the solver's come in their place
     if isinstance(blocks, Blocks):
         bases = None if blocks.m is None else _by_group(blocks.m.astype(np.float32))
         return GgmlGrid(blocks, _by_group(blocks.d.astype(np.float32)), bases, blocks.form.offset, blocks.form.bits)
