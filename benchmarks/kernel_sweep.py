@@ -92,7 +92,7 @@ def random_layer(rng: np.random.Generator):  # type: ignore[no-untyped-def]
         layer = make_ternary(n, k, int(rng.integers(1, 60)), kind, scaled)
     elif kind == "affine":
         statistics = (int(rng.integers(2, 9)), int(rng.integers(1, 20))) if scaled else ()
-        layer = make_affine(n, k, bits, group, bool(rng.integers(2)), *statistics)
+        layer = make_affine(n, k, bits, group, scaled and bool(rng.integers(2)), *statistics)
     else:
         layer = make_trellis(n, k, int(rng.integers(1, 7)), group, memory=int(rng.integers(2, 10)), scaled=scaled)
     if kind in ("uniform", "spqr") and rng.integers(4) == 0:

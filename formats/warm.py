@@ -18,8 +18,8 @@ from formats.reader import QtmFile
 from formats.tensors import section_tensor
 from formats.upload import Uploader
 
-TOKENS = 1, 16, 512
-"""One of each regime: generation, small batches, prompts."""
+TOKENS = 1, 16, 512, 2048
+"""Of each regime: generation, small batches, prompts, long prompts, which are for cuBLAS unless tiles are faster."""
 Timer = Callable[[Callable[[], Any]], float]
 
 

@@ -278,7 +278,7 @@ def generate(
     return Generated(prompt=prompt, text=text, whole=whole)
 
 
-def warm(file: Source, *, device: str = "cuda", tokens: str = "1,16,512") -> list[dict[str, Any]]:
+def warm(file: Source, *, device: str = "cuda", tokens: str = "1,16,512,2048") -> list[dict[str, Any]]:
     """Compile a file's kernels for a GPU and find the fastest blocks: one row for each class of shapes."""
     from qtool import finished
 

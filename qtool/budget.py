@@ -64,26 +64,30 @@ def plan_budget(
     seq_len, n_windows = model.window_length(recipe.calibration.seq_len), recipe.n_windows
     states_bytes = 4 * n_windows * seq_len * int(model.config.hidden_size)
     windows, samples_itself = windows_per_batch(seq_len), "self" in recipe.calibration.sources
-    experts = workers if any(tensor.is_expert for tensor in plan) else 1
-    while True:
+    sampling = _sampling_bytes(model, plan, seq_len) if n_windows and samples_itself else 0
+
+    def peak_with(windows: int, experts: int) -> int:
         n_tokens = windows * seq_len if n_windows else 0
-        peak = _peak_rss_bytes(model, plan, n_tokens, seq_len, experts, measures=recipe.target is not None)
-        if n_windows and samples_itself:
-            peak = max(peak, _sampling_bytes(model, plan, seq_len))
+        return max(
+            sampling, _peak_rss_bytes(model, plan, n_tokens, seq_len, experts, measures=recipe.target is not None)
+        )
+
+    while True:
+        peak = peak_with(windows, 1)
         if max_memory_bytes is None or peak <= max_memory_bytes:
+            experts = workers if any(tensor.is_expert for tensor in plan) else 1
+            while experts > 1 and max_memory_bytes is not None and peak_with(windows, experts) > max_memory_bytes:
+                experts //= 2  # how sums are rounded does not depend on it
             measuring = _measuring_bytes(states_bytes, n_windows, seq_len, windows, len(model.blocks))
             n_files = 2 + recipe.independent + len(EXPERT_FILES) * any(tensor.is_expert for tensor in plan)
             return Budget(
                 windows_per_batch=windows,
-                peak_rss_bytes=peak,
+                peak_rss_bytes=peak_with(windows, experts),
                 states_bytes=n_files * states_bytes,
                 measuring_bytes=measuring if recipe.target else 0,
                 expert_batches=experts,
                 max_memory_bytes=max_memory_bytes,
             )
-        if experts > 1:  # first, since it does not change how sums are rounded
-            experts //= 2
-            continue
         if windows == 1 or not n_windows:
             raise _too_little(max_memory_bytes, peak, "one block and its statistics take that much")
         windows //= 2
@@ -112,8 +116,8 @@ def _peak_rss_bytes(
         logits = min(LOGITS_BACKWARD, n_tokens * model.vocab_size)
         moments.append(sum(4 * t.n_parameters for t in plan if not t.in_block) + LOGITS_COPIES * 4 * logits)
     for tensors in blocks_of(model, plan):
-        if not measures:  # a target's measuring has all experts in memory
-            moments += _expert_moments([t for t in tensors if t.is_expert], n_tokens, expert_batches)
+        moments += _expert_moments([t for t in tensors if t.is_expert], n_tokens, expert_batches)
+        if not measures:  # a target's measuring has all experts in memory besides
             tensors = [t for t in tensors if not t.is_expert]
         weights = 4 * sum(t.n_parameters for t in tensors)
         # As float32 and as stored; fused tensors are put together from their parts, which doubles them.

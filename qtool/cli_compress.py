@@ -29,13 +29,13 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 _method_options = _options(
     click.option(
         "--for", "engine", metavar="[gptq|vllm|compressed-tensors|awq|gguf:q4_k|...]",
-        help="A recipe whose export is exact and fast there: gptq, vllm, compressed-tensors, awq, gguf:q4_0, "
-        "gguf:q4_1, gguf:q5_0, gguf:q5_1 or gguf:q8_0.",
+        help="A recipe whose export is exact and fast there: gptq, vllm, compressed-tensors, awq, or "
+        "gguf: with one of q2_k to q6_k, q4_0, q4_1, q5_0, q5_1, q8_0.",
     ),
     click.option(
         "--bits", type=float,
-        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; below 1: as --method ternary, with a word "
-        "if experts take more.  [default: 4]",
+        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; q_k: 2 to 6; q_1: 4 or 5; below 1: as "
+        "--method ternary, with a word if experts take more.  [default: 4]",
     ),
     click.option(
         "--method", show_default=True, metavar="[gptq|spqr|rtn|int8|ternary]",

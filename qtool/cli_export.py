@@ -32,7 +32,7 @@ from qtool.cli_options import defaults_of, emit, json_option
     help="gptq: 1 for readers that know no other; it has no zero of 0.  [default: 2]",
 )  # fmt: skip
 @click.option(
-    "--gguf-type", metavar="TYPE", help="gguf: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k or q6_k of the blocks' linears."
+    "--gguf-type", metavar="TYPE", help="gguf: q4_0, q4_1, q5_0, q5_1, q8_0, or q2_k to q6_k, of the blocks' linears."
     "  [default: for each the smallest that holds it]",
 )  # fmt: skip
 @click.option(

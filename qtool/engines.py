@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from formats.experts import expert_of
 from formats.export.gptq import MERGED
 from formats.skeleton import is_transposed_linear
 from qtool.errors import ConfigError
@@ -158,9 +159,10 @@ def _check_layers(engine: str, rules: EngineRules, options: Mapping[str, Any]) -
 def _check_merged(engine: str, rules: EngineRules, options: Mapping[str, Any], names: Iterable[str]) -> None:
     """Refuse --layer and --ignore where they tell apart what the engine runs as one matrix."""
     treated = {name: _treatment(name, rules, options) for name in names}
+    _check_experts(engine, treated)
     for first in treated:
         for lead, *rest in MERGED.values():
-            own = [first, *(first.replace(lead, part) for part in rest)]
+            own = [first, *(f"{first.removesuffix(f'{lead}.weight')}{part}.weight" for part in rest)]
             if not first.endswith(f".{lead}.weight") or not treated.keys() >= set(own):
                 continue
             if len({treated[name][0] for name in own}) > 1:
@@ -168,6 +170,19 @@ def _check_merged(engine: str, rules: EngineRules, options: Mapping[str, Any], n
                 raise ConfigError(
                     f"--for {engine}: runs {_either(own, 'and')} as one matrix, of which {option} takes a part; "
                     "let its pattern match all of them or none"
+                )
+
+
+def _check_experts(engine: str, treated: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse what tells apart the experts of one mixture, or parts of them."""
+    known: dict[str, tuple[str, str]] = {}
+    for name, (bits, option) in treated.items():
+        if (part := expert_of(name)) is not None:
+            first_bits, first_option = known.setdefault(part[0], (bits, option))
+            if bits != first_bits:
+                raise ConfigError(
+                    f"--for {engine}: runs all experts of {part[0]} as one, of which {option or first_option} takes "
+                    "a part; let its pattern match all of them or none"
                 )
 
 
@@ -179,8 +194,8 @@ def _treatment(name: str, rules: EngineRules, options: Mapping[str, Any]) -> tup
     for text in options["layers"]:
         pattern, _, bits = text.rpartition("=")
         if re.search(pattern, name):
-            return bits, f"--layer {text}"
-    return "chosen" if _has_target(options) else str(options.get("bits") or rules.bits[0]), ""
+            return str(int(bits)) if bits.isdigit() else bits, f"--layer {text}"
+    return "chosen" if _has_target(options) else f"{options.get('bits') or rules.bits[0]:g}", ""
 
 
 def _has_target(options: Mapping[str, Any]) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from formats.encoding import Affine, MatrixEncoding, Shape, Uniform
 from formats.ggml.blocks import FORMS, Blocks
 from formats.ggml.k_blocks import K_FORMS, KBlocks
-from formats.ggml.types import BLOCK, TYPES
+from formats.ggml.layers import products_of
+from formats.ggml.types import BLOCK, fallback
 from formats.layer import Layer, SparseOutliers
 from qtool.errors import ConfigError
 from qtool.grid import Grid
@@ -56,25 +57,19 @@ class GgmlGrid(Grid):
 
 def fit_ggml(weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None) -> GgmlGrid:
     """The grid of weight [out, in] f32; hessian [in, in]: its diagonal says how much each input's error counts."""
-    from formats.ggml.fit import fit  # brings in a compiler
+    from formats.compiled import use_threads  # brings in a compiler
+    from formats.ggml.fit import fit
 
+    use_threads(torch.get_num_threads())
     importance = None if hessian is None else hessian.diagonal().numpy()
     blocks = fit(weight.contiguous().numpy(), kind_of(spec, weight.shape[1]), importance)
     blocks = replace(blocks, codes=NO_CODES)  # the solver's come in their place
     if isinstance(blocks, Blocks):
         bases = None if blocks.m is None else _by_group(blocks.m.astype(np.float32))
         return GgmlGrid(blocks, _by_group(blocks.d.astype(np.float32)), bases, blocks.form.offset, blocks.form.bits)
-    form = blocks.form
-    half, half_stat = (0, 0) if form.has_min else (1 << (form.bits - 1), 1 << (form.stat_bits - 1))
-    scales, bases = _products(blocks.d, blocks.scales.astype(np.float32) - half_stat), None
-    if blocks.d_min is not None and blocks.minima is not None:
-        bases = -_products(blocks.d_min, blocks.minima.astype(np.float32))
-    return GgmlGrid(blocks, scales, bases, half, form.bits)
-
-
-def _products(units: np.ndarray, codes: np.ndarray) -> Tensor:
-    """units [rows, S] f16 times codes [rows, G] f32, which is exact.  -> [G, rows] f32"""
-    return _by_group(np.repeat(units.astype(np.float32), codes.shape[1] // units.shape[1], axis=1) * codes)
+    scales, minima = products_of(blocks)
+    bases = None if minima is None else -_by_group(minima.values())
+    return GgmlGrid(blocks, _by_group(scales.values()), bases, blocks.form.offset, blocks.form.bits)
 
 
 def _by_group(statistic: np.ndarray) -> Tensor:
@@ -102,11 +97,9 @@ def planned_ggml(spec: QuantSpec, shape: Shape) -> MatrixEncoding:
 
 def kind_of(spec: QuantSpec, in_features: int) -> str:
     """The type that rows of so many inputs can have."""
-    kind = f"Q{spec.bits}_{spec.format[-1].upper()}"
-    if in_features % TYPES[kind].weights:
-        kind = TYPES[kind].fallback or kind
-    if in_features % TYPES[kind].weights:
+    kind = fallback(f"Q{spec.bits}_{spec.format[-1].upper()}", in_features)
+    if kind is None:
         raise ConfigError(
-            f"--format {spec.format}: rows of {in_features} are no whole blocks of {BLOCK}; leave them by --ignore"
+            f"--format {spec.format}: rows of {in_features} are no whole blocks of {BLOCK}; leave it dense by --ignore"
         )
     return kind

@@ -312,7 +312,8 @@ def _round_columns(
     """
     perm = factor.perm
     is_in_order = torch.equal(perm, torch.arange(len(perm)))  # then slices will do, which is a good deal faster
-    free = (weight.T if is_in_order else weight.T[perm]).contiguous()  # [in, rows]: a column is a contiguous row here
+    # [in, rows]: a column is a contiguous row here. A copy also where the weight lies so already, for it is changed.
+    free = weight.T.clone(memory_format=torch.contiguous_format) if is_in_order else weight.T[perm].contiguous()
     codes_of, decoded_of, lost = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), 0.0
     for start in range(0, len(free), block_size):
         stop = min(start + block_size, len(free))

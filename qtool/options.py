@@ -15,6 +15,7 @@ TERNARY_GRIDS = ("minmax", "mse")
 EFFORTS = ("fast", "default", "best")
 SPQR = {"group_size": 16, "stat_bits": 3, "outlier_threshold": 0.2}
 """SpQR's near-lossless recipe (arXiv 2306.03078), statistics in sets of 16 rows; the user's own choices go first."""
+OF_OTHER_BLOCKS = ("group_size", "input_scales", "stat_bits", "double_quant")
 INT8 = {"format": "int", "bits": 8, "stat_bits": 0, "group_size": -1, "double_quant": False}
 """What LLM.int8() is, where it has to be said at all."""
 MEMORY = {"fast": 6, "default": 8, "best": 9}
@@ -129,6 +130,12 @@ def _linears(
         if effort != "default":
             raise ConfigError(f"--effort {effort}: ternary is solved in one way; leave it out")
         return _ternary(method, grid, chosen)
+    if number_format in GGML:
+        beside = {"--method spqr": method == "spqr", "--outliers": outliers, "--outlier-threshold": outlier_threshold}
+        beside |= {_given(name, chosen[name]): chosen[name] for name in OF_OTHER_BLOCKS if name in chosen}
+        for option, is_given in beside.items():
+            if is_given:
+                raise ConfigError(f"{option}: {number_format} has the blocks of llama.cpp and nothing beside them")
     if method == "spqr":
         method = "gptq"
         left = {"outlier_threshold"} if outliers is not None else set()
@@ -138,12 +145,6 @@ def _linears(
         number_format = "trellis" if method == "gptq" and (effort == "best" or targeted) else "int"
     if number_format in FORMATS and number_format != "int" and chosen.get("symmetric"):
         raise ConfigError(f"--sym: {number_format} has no zeros; give --format int, or leave it out")
-    if number_format in GGML:
-        for name in ("group_size", "input_scales"):
-            if chosen.get(name):
-                raise ConfigError(
-                    f"{_given(name, chosen[name])}: {number_format} has the blocks of llama.cpp; leave it out"
-                )
     if number_format == "trellis":
         if "scale_search" in chosen:
             raise ConfigError(

@@ -119,7 +119,10 @@ def _plan_tensor(model: BlockwiseModel, name: str, recipe: Recipe, *, in_block: 
         shape = shape[::-1]
     encoding: Encoding = Dense(model.checkpoint.stored_dtype(name))
     if spec is not None:
-        encoding = planned_encoding(spec, shape)
+        try:
+            encoding = planned_encoding(spec, shape)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
     return TensorPlan(
         name=name,
         shape=shape,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from formats.ggml.k_blocks import K_FORMS
 from formats.ggml.types import BLOCK, SUPER_BLOCK
 from qtool.errors import ConfigError
 
@@ -17,7 +18,7 @@ Method = Literal["gptq", "rtn", "int8"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "int8")
 Format = Literal["int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_1", "q_k"]
 FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_1", "q_k")
-GGML: dict[str, dict[int, int]] = {"q_1": {4: 32, 5: 32}, "q_k": {2: 16, 3: 16, 4: 32, 5: 32, 6: 16}}
+GGML = {"q_1": {4: BLOCK, 5: BLOCK}, "q_k": {form.bits: form.group for form in K_FORMS.values()}}
 """llama.cpp's types of blocks with minima, and of super-blocks: by their bits, the inputs that share a scale."""
 BITS: dict[str, range] = {
     "int": range(2, 9), "nf4": range(4, 5), "fp4": range(4, 5), "fitted": range(2, 9), "trellis": range(1, 7),

@@ -80,11 +80,11 @@ def told(found: dict[str, Number], joined: Callable[[Iterable[Number]], Number])
     """By layer; where more are named than a header has room for, the experts' by their mixture."""
     if len(found) <= MAX_NAMED:
         return found
-    told: dict[str, list[Number]] = {}
+    joint: dict[str, list[Number]] = {}
     for name, value in found.items():
         part = expert_of(name)
-        told.setdefault(name if part is None else part[0], []).append(value)
-    return {name: joined(values) for name, values in told.items()}
+        joint.setdefault(name if part is None else part[0], []).append(value)
+    return {name: joined(values) for name, values in joint.items()}
 
 
 def _mean(shares: list[float] | None) -> float | None:

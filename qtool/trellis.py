@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.compiled import compiled
+from formats.compiled import compiled, use_threads
 from formats.layer import Layer, SparseOutliers, TrellisLinear, TwoLevel
 from formats.trellis import SUBSETS, subsets
 from qtool.grid import Grid, empty_block, fit_ranges
@@ -27,7 +27,6 @@ TAIL = 5.0
 WIDENING = (1.12, 1.05, 1.1, 1.15, 1.2, 1.25)
 """By bits, of the scales: a weight has taken up the errors of others by the time it is rounded, and the wider its
 levels reach, the fewer outliers are kept. At equal bytes, errors of the reference model fall by 1% (2 bits) to 20%."""
-MAX_THREADS = numba.get_num_threads()
 TRAINING_SAMPLE = 1 << 15
 TRAINING_STEPS = 12
 
@@ -157,7 +156,7 @@ class TrellisGrid(Grid):
     ) -> tuple[Tensor, Tensor, Tensor]:
         limits = torch.full((len(free),), torch.inf) if limits is None else limits
         codes, decoded, errors = empty_block(free)
-        numba.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+        use_threads(torch.get_num_threads())
         _round_block_compiled(
             free.numpy(),
             chol.contiguous().numpy(),

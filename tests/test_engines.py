@@ -108,9 +108,19 @@ def test_what_vllm_runs_as_one_is_not_told_apart(given, said):
     assert chosen("compressed-tensors", WIDE, **given)["symmetric"]
 
 
+@pytest.mark.parametrize("given", [{"layers": ("experts[.]0[.]=8",)}, {"ignore": ("experts[.]1[.].*up_proj",)}])
+def test_experts_are_one_matrix_too(given):
+    parts = [f"m.0.experts.{n}.{part}_proj.weight" for n in range(3) for part in ("gate", "up", "down")]
+    option = "--layer experts[.]0[.]=8" if "layers" in given else "--ignore experts[.]1[.].*up_proj"
+    with pytest.raises(ConfigError, match=re.escape(f"runs all experts of m.0.experts as one, of which {option} ")):
+        chosen("vllm", dict.fromkeys(parts, (128, 256)), **given)
+    assert chosen("vllm", dict.fromkeys(parts, (128, 256)), layers=("experts=8",))["bits"] == 4
+
+
 def test_what_vllm_runs_as_one_may_be_given_together():
     assert chosen("vllm", WIDE, layers=("[qkv]_proj=8", "gate_proj=4", "o_proj=8"), ignore=("gate|up",))["bits"] == 4
     assert chosen("vllm", WIDE, layers=("k_proj=4",))["bits"] == 4
+    assert chosen("vllm", WIDE, layers=("q_proj=04",), bits=4.0)["bits"] == 4  # as the command line gives it
     assert chosen("vllm", {n: s for n, s in WIDE.items() if "v_" not in n}, layers=("k_proj=8",))["bits"] == 4
 
 

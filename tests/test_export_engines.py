@@ -172,7 +172,7 @@ def test_rows_without_groups_are_rounded_in_groups(tiny_files, to, tmp_path, mon
     """16 equal steps for a whole row lose more."""
     file = tiny_files.wide("llama", "--format", "nf4", "--group-size", "-1")
     by_group = [loss["error"] for loss in export(file, to, tmp_path / "groups", "--lossy")["losses"]]
-    monkeypatch.setattr(engine, "common_group_size", lambda inputs: -1)
+    monkeypatch.setattr(engine, "common_group_size", lambda encodings: -1)
     by_row = [loss["error"] for loss in export(file, to, tmp_path / "rows", "--lossy")["losses"]]
     sizes = [read_folder(tmp_path / name)[0]["group_size"] for name in ("groups", "rows")]
     assert sizes == [32, -1]  # rows of 64 and 96

@@ -77,7 +77,7 @@ def test_rows_of_any_number_of_blocks(kind, rows, n_blocks, seed):
 
 
 def test_rows_that_are_no_blocks():
-    with pytest.raises(ConfigError, match=r"^--format q_k: rows of 100 are no whole blocks of 32; leave them by --ig"):
+    with pytest.raises(ConfigError, match=r"^--format q_k: rows of 100 are no whole blocks of 32; leave it dense by"):
         kind_of(QuantSpec(format="q_k"), 100)
     assert kind_of(QuantSpec(format="q_k", bits=6), 96) == "Q8_0"
 
@@ -128,20 +128,32 @@ def test_layers_may_have_other_bits(tiny_files, wide, tmp_path):
     with QtmFile.open(file) as opened:
         bits = {name: e.encoding.bits for name, e in opened.tensors.items() if name.endswith("_proj.weight")}
     assert {bits["model.layers.0.self_attn.v_proj.weight"], bits["model.layers.0.self_attn.q_proj.weight"]} == {4, 6}
+    report = qtool_json("export", file, "--to", "awq", "--lossy", "-o", tmp_path / "awq")
+    assert {loss["reason"] for loss in report["losses"]} >= {"weights stored as affine"}
     message = refusal("compress", wide, "-o", tmp_path / "x.qtm", "--for", "gguf:q4_k", "--layer", "v_proj=8")
     assert message == "--for gguf:q4_k: bits must be 2, 3, 4, 5 or 6, --layer v_proj=8 is something else"
+
+
+def test_a_layer_that_has_no_blocks_is_named(tmp_path):
+    model = make_model("llama", tmp_path / "model", sizes={"hidden_size": 64, "intermediate_size": 50})
+    message = refusal("compress", model, "-o", tmp_path / "x.qtm", "--format", "q_k")
+    assert message == (
+        "model.layers.0.mlp.down_proj.weight: --format q_k: rows of 50 are no whole blocks of 32; "
+        "leave it dense by --ignore"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--group-size", "64"), "--group-size 64: q_k has the blocks of llama.cpp; leave it out"),
-        (("--input-scales",), "--input-scales: q_k has the blocks of llama.cpp; leave it out"),
+        (("--group-size", "64"), "--group-size 64: q_k has the blocks of llama.cpp and nothing beside them"),
+        (("--input-scales",), "--input-scales: q_k has the blocks of llama.cpp and nothing beside them"),
         (("--sym",), "--sym: q_k has no zeros; give --format int, or leave it out"),
         (
             ("--outliers", "1%"),
-            "q_k: has the statistics of llama.cpp's blocks and no outliers; leave those options out",
+            "--outliers: q_k has the blocks of llama.cpp and nothing beside them",
         ),
+        (("--method", "spqr"), "--method spqr: q_k has the blocks of llama.cpp and nothing beside them"),
         (("--bits", "8"), "bits=8: must be 2 to 6 for q_k"),
         (("--method", "int8"), "--format q_k: --method int8 has 8 bits in rows; leave it out"),
     ],

@@ -172,3 +172,18 @@ def test_a_hopeless_hessian_names_the_layer_and_the_fix():
     message = "model.layers.3.mlp.up_proj.weight: Hessian not positive definite even with percdamp=100 and 10 tokens; "
     with pytest.raises(QuantizeError, match=message + "use more calibration tokens"):
         factorize(stats_of(hessian, 10), [torch.ones(2, 32)], PLAIN, "model.layers.3.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_the_weight_stays_as_it_was(rows, outliers):
+    """Also one that lies as the solver wants it, and so needs no rearranging: a transposed one, or a single row."""
+    weight, stats = make_layer(rows)
+    spec = QuantSpec(group_size=16, act_order=False, input_scales=False, outliers=outliers)
+    apart = weight.T.contiguous().T
+    before = apart.clone()
+    solved = gptq_quantize(apart, factorize(stats, [apart], spec, "layer"), spec)
+    assert torch.equal(apart, before)
+    again = gptq_quantize(weight, factorize(stats, [weight], spec, "layer"), spec)
+    assert np.array_equal(solved.layer.codes, again.layer.codes)
+    assert torch.equal(solved.decoded, again.decoded)

@@ -117,8 +117,12 @@ class _Export:
         self._linears = {linear.entry.name for linear in linears if linear.is_quantized}
         if not self._linears:
             raise FormatError(f"{file.label}: no linear of its blocks is quantized; export --to dense")
-        inputs = {linear.shape[1] for linear in linears if linear.is_quantized}
-        self._carrier = replace(engine.carrier, regrouped=common_group_size(inputs))
+        stored = [
+            (entry.encoding, entry.shape)
+            for linear in linears
+            if isinstance((entry := linear.entry).encoding, MatrixEncoding)
+        ]
+        self._carrier = replace(engine.carrier, regrouped=common_group_size(stored))
         self.dtype = dtype or self._exact_dtype()
         forms = _in_common([(linear, self._form(linear)) for linear in linears if linear.is_quantized])
         self.quantization = engine.config(forms, self._dense_linears(linears))

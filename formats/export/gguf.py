@@ -22,7 +22,7 @@ from formats.export.report import ExportReport, Loss
 from formats.ggml.exact import SMALLEST_FIRST, NotWhole, exact
 from formats.ggml.file import TensorInfo, Value, check_free, write_gguf
 from formats.ggml.fit import fit
-from formats.ggml.types import SUPER_BLOCK, TYPES
+from formats.ggml.types import SUPER_BLOCK, TYPES, fallback
 from formats.header import TensorEntry
 from formats.modules import check_tensors
 from formats.reader import QtmFile
@@ -32,7 +32,7 @@ from formats.tensors import decode_tensor
 Importance = Mapping[str, npt.NDArray[np.floating[Any]]]
 """By the name of a linear's weight, [in]: the mean square of each of its inputs."""
 Array = npt.NDArray[Any]
-REQUESTED = tuple(name for name, kind in TYPES.items() if kind.weights > 1 and name not in ("Q2_K", "Q3_K", "IQ4_NL"))
+REQUESTED = tuple(name for name, kind in TYPES.items() if kind.weights > 1 and name != "IQ4_NL")
 """Types that can be asked for."""
 QUANTIZATION_VERSION = 2
 
@@ -119,7 +119,7 @@ class _Export:
                 return make("F32" if len(entry.shape) < 2 else entry.encoding.dtype)
             is_inside = self._lists.number(entry.name) is not None
             wanted = self.requested if is_inside else None
-            kinds = [_fallback(wanted, entry.shape[1])] if wanted else SMALLEST_FIRST
+            kinds = [fallback(wanted, entry.shape[1]) or "F16"] if wanted else SMALLEST_FIRST
             try:
                 return make(exact(self.file.layer(entry.name), kinds).kind)
             except NotWhole as why:
@@ -166,13 +166,6 @@ class _Export:
         return np.ascontiguousarray(rows if order is None else rows[order])
 
 
-def _fallback(kind: str, n_inputs: int) -> str:
-    """As llama.cpp falls back for rows that are no whole blocks of a type."""
-    while n_inputs % TYPES[kind].weights:
-        kind = TYPES[kind].fallback or "F16"
-    return kind
-
-
 def _nearest_kind(entry: TensorEntry) -> str:
     """The least type whose codes have as many bits at least."""
     bits = entry.encoding.describe(entry.shape).bits
@@ -181,7 +174,7 @@ def _nearest_kind(entry: TensorEntry) -> str:
 
 def _fitted(wanted: str, n_inputs: int, reason: str) -> tuple[str, str]:
     """The type that rows of this length can have, and why they have it."""
-    kind = _fallback(wanted, n_inputs)
+    kind = fallback(wanted, n_inputs) or "F16"
     told = f"{reason}; now {kind}"
     if kind != wanted and kind != "F16":
         told += f", as rows of {n_inputs} are no whole super-blocks of {SUPER_BLOCK}"

@@ -45,15 +45,15 @@ class Carrier:
     asymmetric: bool = True
     least_zero: int = 0
     ordered: bool = False  # whether inputs of a group may lie anywhere
-    regrouped: int = -1  # the groups of layers that have none of a size that engines know
+    regrouped: int = -1  # the groups of layers that are rounded again and not `uniform` nor rows of bytes
 
     def form(self, encoding: MatrixEncoding, shape: tuple[int, ...]) -> Form:
         """That of a layer once it is in the format: fewer bits go into more, which changes no value."""
         bits = encoding.describe(shape).bits
-        group_size = encoding.group_size if isinstance(encoding, GroupedEncoding | Affine) else -1
+        group_size = encoding.group_size if isinstance(encoding, GroupedEncoding) else -1
         symmetric = encoding.symmetric if isinstance(encoding, Uniform | Affine) else True
         group_size = -1 if group_size == shape[1] else group_size
-        if not isinstance(encoding, Uniform | Int8Rows) and group_size not in GROUP_SIZES:
+        if not isinstance(encoding, Uniform | Int8Rows):
             group_size = self.regrouped
         wide = min((own for own in self.bits if own >= bits), default=self.bits[-1])
         is_ordered = self.ordered and isinstance(encoding, Uniform) and encoding.input_order
@@ -93,9 +93,14 @@ class Carrier:
         return regridded(layer, form, self.least_zero), reason
 
 
-def common_group_size(inputs: Iterable[int]) -> int:
-    """The largest that cuts rows of so many inputs into whole groups; -1 where none does."""
-    return next((size for size in GROUP_SIZES if not any(n % size for n in inputs)), -1)
+def common_group_size(encodings: Iterable[tuple[MatrixEncoding, tuple[int, ...]]]) -> int:
+    """One for all: the largest that engines know, that cuts each row into whole groups, and that is no larger than the
+    groups of any layer which has more than one in a row; the smallest where groups are smaller yet; -1: none.
+    """
+    found = list(encodings)
+    own = [size for encoding, shape in found if (size := getattr(encoding, "group_size", -1)) not in (-1, shape[1])]
+    whole = [size for size in GROUP_SIZES if not any(shape[1] % size for _, shape in found)]
+    return next((size for size in whole if size <= min(own, default=size)), whole[-1] if whole else -1)
 
 
 def widened(layer: QuantizedLinear, bits: int) -> QuantizedLinear:

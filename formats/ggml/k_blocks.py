@@ -27,6 +27,11 @@ class KForm:
     def n_groups(self) -> int:
         return SUPER_BLOCK // self.group
 
+    @property
+    def offset(self) -> int:
+        """What a code is less by in the weight."""
+        return 0 if self.has_min else 1 << (self.bits - 1)
+
 
 K_FORMS = {
     "Q2_K": KForm(2, 16, 4, True),

@@ -51,6 +51,13 @@ def _of_minimum(blocks: Blocks, m: F16) -> Layer:
 
 
 def _of_k(blocks: KBlocks) -> AffineLinear:
+    scales, minima = products_of(blocks)
+    form = blocks.form
+    return AffineLinear(codes=blocks.codes, scales=scales, minima=minima, bits=form.bits, group_size=form.group)
+
+
+def products_of(blocks: KBlocks) -> tuple[Products, Products | None]:
+    """Scales, and minima where a type has them."""
     form = blocks.form
     scales = Products(
         codes=blocks.scales, units=blocks.d, bits=form.stat_bits, groups=form.n_groups, symmetric=not form.has_min
@@ -58,7 +65,7 @@ def _of_k(blocks: KBlocks) -> AffineLinear:
     minima = None
     if blocks.minima is not None and blocks.d_min is not None:
         minima = replace(scales, codes=blocks.minima, units=blocks.d_min)
-    return AffineLinear(codes=blocks.codes, scales=scales, minima=minima, bits=form.bits, group_size=form.group)
+    return scales, minima
 
 
 def _merged(*statistics: F16) -> tuple[list[F16], int]:

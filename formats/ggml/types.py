@@ -49,3 +49,13 @@ TYPES = {
         BlockType("Q6_K", 14, SUPER_BLOCK, 210, 18, "Q8_0"),
     )
 }
+
+
+def fallback(kind: str, n_inputs: int) -> str | None:
+    """The type that rows have which are no whole blocks of this one, as llama.cpp falls back; None where none has."""
+    found = TYPES[kind]
+    while n_inputs % found.weights:
+        if not found.fallback:
+            return None
+        found = TYPES[found.fallback]
+    return found.name

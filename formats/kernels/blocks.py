@@ -15,6 +15,8 @@ TILES_FROM = 3
 DECODED_FROM = 1024
 """From so many on, a matrix that is decoded once for cuBLAS costs less than tiles that each block of tokens decodes
 anew: as many instructions a weight as its products take on tensor cores (`make kernels`)."""
+MOST_DECODED = 1 << 27
+"""Weights, which take twice the bytes for a moment: nobody has set aside a gigabyte for a head."""
 LEAST_OF_TENSOR_CORES = 16
 MOST_TOKENS = 128
 PROGRAMS = 96
@@ -48,7 +50,9 @@ DECODED = Blocks(tokens=0, outputs=0, inputs=0, splits=0, warps=0, stages=0)
 
 def blocks_for(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = True) -> Blocks:
     """The blocks for a shape: wide ones, as long as there are programs enough, and inputs split where there are not."""
-    if n_tokens >= DECODED_FROM or (n_tokens > FEW_TOKENS and not has_tiles):
+    if n_tokens > FEW_TOKENS and not has_tiles:
+        return DECODED
+    if n_tokens >= DECODED_FROM and n_outputs * layout.n_inputs <= MOST_DECODED:
         return DECODED
     by_tiles = has_tiles and n_tokens >= TILES_FROM
     return (tile_for if by_tiles else _rows)(layout, n_tokens, n_outputs)

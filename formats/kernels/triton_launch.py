@@ -110,10 +110,9 @@ def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch
         return weight
     layout, offsets = layout_of(encoding, shape)
     constants = _constants(section.device)
-    rows, inputs = (
-        DECODED_TILE[0],
-        DECODED_TILE[1] >> layout.has_order,
-    )  # a scale and a zero for each weight take registers
+    rows, inputs = DECODED_TILE
+    if layout.has_order:
+        inputs //= 2  # a scale and a zero for each weight take registers
     grid = triton.cdiv(shape[0], rows), triton.cdiv(shape[1], inputs)
     exact = {"L": layout, "enable_fp_fusion": False}
     with on_device_of(section):

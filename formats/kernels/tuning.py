@@ -21,6 +21,7 @@ from formats.kernels.blocks import (
     DECODED,
     LEAST_INPUTS,
     LEAST_OF_TENSOR_CORES,
+    MOST_DECODED,
     MOST_SPLITS,
     Blocks,
     blocks_for,
@@ -31,6 +32,7 @@ from formats.kernels.layout import TRELLIS, Layout
 LARGEST_CLASS = 4096
 CLASSES = [1 << power for power in range(LARGEST_CLASS.bit_length())]
 DECODED_TRIED_FROM = 256
+"""So many tokens; from `DECODED_FROM` on it is what is taken untried."""
 VERSION = 3
 """Of the kernels: raised when they change so that old timings mislead."""
 
@@ -58,7 +60,8 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = 
         replace(first, outputs=max(first.outputs // 2, least_outputs)),
         replace(first, inputs=max(first.inputs // 2, LEAST_INPUTS)),
     ]
-    return list(dict.fromkeys([*tried, *([DECODED] if n_tokens >= DECODED_TRIED_FROM else [])]))
+    is_small = n_outputs * layout.n_inputs <= MOST_DECODED
+    return list(dict.fromkeys([*tried, *([DECODED] if n_tokens >= DECODED_TRIED_FROM and is_small else [])]))
 
 
 @functools.lru_cache(maxsize=4096)
