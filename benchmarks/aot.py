@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from formats.kernels import triton_codes
+from formats.kernels import triton_codes, triton_planes
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SOURCE = re.compile(r'^\s*//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -136,9 +136,10 @@ def _lines_of_codes() -> frozenset[tuple[str, int]]:
     Triton writes a load as several instructions, zeros for what is masked first; each counts as a line further on.
     """
     places = set[tuple[str, int]]()
-    for function in (triton_codes.words_of, triton_codes.path_words, triton_codes.bytes_of):
+    for function in (triton_planes.words_of, triton_planes.bytes_of, triton_codes.path_words):
         lines, first = inspect.getsourcelines(function.fn)
-        places |= {(Path(triton_codes.__file__).name, first + i) for i in range(len(lines) + INSTRUCTIONS_OF_A_LOAD)}
+        file = Path(inspect.getsourcefile(function.fn) or "").name
+        places |= {(file, first + i) for i in range(len(lines) + INSTRUCTIONS_OF_A_LOAD)}
     return frozenset(places)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 import qtool as api
 from benchmarks.peers.environments import ROOT, PeerError, interpreter
@@ -24,7 +25,7 @@ from formats.reader import QtmFile
 ENGINES = {"gptq": "gptq_engine", "compressed-tensors": "compressed_tensors_engine", "awq": "gptq_engine"}
 """Format -> the environment whose engine loads it."""
 MOST_SECONDS = 30
-MOST_APART = {"gptq": 2e-3, "compressed-tensors": 2e-3, "awq": 0.2}
+MOST_APART = {"gptq": 2e-3, "compressed-tensors": 2e-3, "awq": 0.2, "gguf": 2e-3}
 """Of logits. AWQ's engine has no kernel for the CPU that multiplies in more than fp16."""
 N_TOKENS = 256
 
@@ -57,8 +58,25 @@ def main() -> None:
             back = same_numbers(path, folder, args.work / "interop-back.qtm")
             limits.at_most(f"{to}: layers that import gives otherwise", 0 if back == "the same" else 1, 0)
         rows.append((to, f"{seconds:.1f}", engine, apart, back))
+    rows.append(gguf_row(path, ids, ours, args.work, limits))
     print_table(("format", "seconds", "linears there", "logits apart", "imported again"), rows)
     limits.finish()
+
+
+def gguf_row(
+    path: Path, ids: np.ndarray[Any, Any], ours: np.ndarray[Any, Any], work: Path, limits: Limits
+) -> tuple[str, ...]:
+    """The same file as GGUF, by transformers' own loader, which decodes it: in this environment."""
+    target, start = work / "interop.gguf", time.perf_counter()
+    report = qtool("export", path, "--to", "gguf", "-o", target, "--force")
+    seconds = time.perf_counter() - start
+    limits.at_most("gguf: seconds of export", seconds, MOST_SECONDS)
+    limits.at_most("gguf: tensors that were rounded again", len(report["losses"]), 0)
+    model: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=target.name, dtype=torch.float32)
+    with torch.no_grad():
+        difference = float(np.abs(model(torch.from_numpy(ids)).logits.numpy() - ours).max())
+    limits.at_most("gguf: largest difference of a logit", difference, MOST_APART["gguf"])
+    return "gguf", f"{seconds:.1f}", "transformers' own", f"{difference:.1e}", ""
 
 
 def sample(path: Path, data: Path, work: Path) -> np.ndarray[Any, Any]:

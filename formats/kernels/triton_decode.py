@@ -10,21 +10,15 @@ from formats.kernels.layout import AFFINE as _AFFINE
 from formats.kernels.layout import BYTES as _BYTES
 from formats.kernels.layout import TRELLIS as _TRELLIS
 from formats.kernels.layout import UNIFORM as _UNIFORM
-from formats.kernels.triton_codes import (
-    code_at,
+from formats.kernels.triton_codes import look_up, outlier_range, outliers_at, trellis_code_at, units_of
+from formats.kernels.triton_planes import code_at, part, small_float
+from formats.kernels.triton_statistics import (
     group_at,
     input_scales_of,
-    look_up,
     minima_of,
-    outlier_range,
-    outliers_at,
-    part,
     scaled,
     scales_from,
     scales_of,
-    small_float,
-    trellis_code_at,
-    units_of,
     with_minima,
     zeros_of,
 )

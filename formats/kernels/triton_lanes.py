@@ -12,7 +12,7 @@ from formats.encoding.ternary_rans import LOWEST as _LOWEST
 from formats.encoding.ternary_rans import N_SYMBOLS as _N_SYMBOLS
 from formats.encoding.ternary_rans import SLOTS as _SLOTS
 from formats.encoding.ternary_rans import VALUES as _VALUES
-from formats.kernels.triton_codes import part
+from formats.kernels.triton_planes import part
 
 LANES, VALUES, N_SYMBOLS = tl.constexpr(_LANES), tl.constexpr(_VALUES), tl.constexpr(_N_SYMBOLS)
 SLOTS, LOWEST = tl.constexpr(_SLOTS), tl.constexpr(_LOWEST)

@@ -7,7 +7,7 @@ dictionary lies in global memory: 512 KB, which the second-level cache keeps.
 import triton
 import triton.language as tl
 
-from formats.kernels.triton_codes import part
+from formats.kernels.triton_planes import part
 
 PLACES = tl.constexpr(32)  # of values in a packed phrase, the last four of which are its length
 

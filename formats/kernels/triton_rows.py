@@ -9,19 +9,9 @@ import triton
 import triton.language as tl
 
 from formats.kernels.layout import UNIFORM as _UNIFORM
-from formats.kernels.triton_codes import (
-    fields,
-    groups_from,
-    input_scales_of,
-    minima_of,
-    outlier_range,
-    outliers_at,
-    part,
-    scales_of,
-    small_float,
-    units_of,
-    zeros_of,
-)
+from formats.kernels.triton_codes import outlier_range, outliers_at, units_of
+from formats.kernels.triton_planes import fields, part, small_float
+from formats.kernels.triton_statistics import groups_from, input_scales_of, minima_of, scales_of, zeros_of
 
 UNIFORM = tl.constexpr(_UNIFORM)
 OUTLIERS_AT_A_TIME = tl.constexpr(16)

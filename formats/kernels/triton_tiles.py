@@ -6,8 +6,9 @@ Weights are rounded to the activations' dtype, as a plain matrix of that dtype w
 import triton
 import triton.language as tl
 
-from formats.kernels.triton_codes import input_scales_of, scaled, scales_from, units_of, with_minima
+from formats.kernels.triton_codes import units_of
 from formats.kernels.triton_rows import sparse_products
+from formats.kernels.triton_statistics import input_scales_of, scaled, scales_from, with_minima
 
 
 @triton.jit(do_not_specialize=["n_tokens"])  # one compilation for any number
