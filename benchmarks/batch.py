@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.tools import Limits, print_table
 from calibration.hessian import HessianAccumulator, LayerStats
-from qtool.gptq import Solution, factorize, gptq_quantize
+from qtool.factor import factorize
+from qtool.gptq import Solution, gptq_quantize
 from qtool.gptq_batch import gptq_quantize_all
 from qtool.numerics import exact_float32
 from qtool.recipe import QuantSpec

@@ -24,7 +24,8 @@ from calibration.corpus import read_text
 from calibration.hessian import LayerStats
 from formats.skeleton import set_tensor
 from qtool.checkpoint import find_tensor, open_checkpoint
-from qtool.gptq import factorize, gptq_quantize
+from qtool.factor import factorize
+from qtool.gptq import gptq_quantize
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, quiet_transformers
 from qtool.options import build_recipe

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from calibration.hessian import LayerStats
 from formats.layer import Layer, SparseOutliers, group_index
-from qtool.cholesky import upper_factor_of_inverse
-from qtool.errors import QuantizeError
+from qtool.energy import damping_energy, output_energy, relative_error
+from qtool.factor import Factor
 from qtool.fit import fit_grid
 from qtool.grid import Grid
 from qtool.outliers import OutlierList, OutlierRule, kept_values, relative_threshold, threshold_of_rate
@@ -29,37 +29,10 @@ MAX_ELEMENTS = 1 << 22
 """Weights solved at a time: with the solver's temporaries, some 150 MB."""
 BLOCK_SIZE = 64
 """Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
-ENERGY_COLUMNS = 128
-"""Of the product with a Hessian at a time."""
-MAX_DAMPING_STEPS = 5
 THRESHOLD_ROWS = 128
 """Rows that are solved to learn which error the given share of the weights exceeds."""
 SECOND_SHARE = 0.97
 """Of the outliers that there may be: so many a second threshold is to find, as it moves other weights beyond it."""
-INPUT_SCALE_RANGE = (2.0**-10, 2.0**10)  # well inside fp16, with all of its precision
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Factor:
-    """A damped Hessian, factored: shared by all linears that read one input."""
-
-    input_scales: Tensor | None  # [in] f32 with fp16 values: what the input is multiplied by before the layer
-    perm: Tensor  # [in] int64: the order in which columns are rounded
-    hinv_chol: Tensor  # [in, in] f32: U with H⁻¹ = UᵀU, rows and columns in the order of perm
-    damped: Tensor  # [in, in] f32: the damped Hessian of the scaled input, in the layer's own order
-    damping: Tensor  # [in] f32: what was added to its diagonal
-    percdamp: float  # what it took to factor it
-
-    def stored(self, weight: Tensor) -> Tensor:
-        """weight [rows, in] as it is stored: its input scales divided out."""
-        return weight if self.input_scales is None else weight / self.input_scales
-
-    @property
-    def cost(self) -> Tensor:
-        """[in] f32: 1 / U_jj², what an error in each column costs once the later ones have made up for it."""
-        cost = torch.empty(len(self.perm))
-        cost[self.perm] = self.hinv_chol.diagonal().square().reciprocal()
-        return cost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,73 +42,6 @@ class Solution:
     layer: Layer
     decoded: Tensor  # [out, in] f32: the weight that the file will decode to
     relative_error: float  # tr(d H dᵀ) / tr(W H Wᵀ): share of the output's energy that is lost
-
-
-def factorize(stats: LayerStats, weights: Sequence[Tensor], spec: QuantSpec, name: str) -> Factor:
-    """The factor for the linears with `weights` that read one input, damped until it is positive definite."""
-    for step in range(MAX_DAMPING_STEPS):
-        percdamp = spec.percdamp * 10**step
-        try:
-            return _factorize(stats.hessian, weights, spec, percdamp)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            continue
-    raise QuantizeError(
-        f"{name}: Hessian not positive definite even with percdamp={percdamp:g} and {stats.n_tokens} tokens; "
-        "use more calibration tokens (--samples, --seq-len) or a larger --percdamp"
-    )
-
-
-def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, percdamp: float) -> Factor:
-    input_scales = None
-    damped = hessian.clone()
-    if spec.input_scales:
-        factor = upper_factor_of_inverse(_damp(damped, percdamp).double())
-        cost = 1 / torch.linalg.vector_norm(factor, dim=0).square_()
-        input_scales = fit_input_scales(weights, cost)
-        damped.copy_(hessian).mul_(input_scales).mul_(input_scales[:, None])
-    diagonal = damped.diagonal().clone()
-    ordered = _damp(damped, percdamp)
-    if spec.act_order:
-        perm = torch.argsort(diagonal, descending=True, stable=True)
-        ordered = ordered.index_select(0, perm).index_select(1, perm)
-    else:
-        perm = torch.arange(len(diagonal))
-    hinv_chol = upper_factor_of_inverse(ordered.double()).float()
-    return Factor(input_scales, perm, hinv_chol, damped, damped.diagonal() - diagonal, percdamp)
-
-
-def _damp(hessian: Tensor, percdamp: float) -> Tensor:
-    """H + λ I in place, λ = percdamp · mean of the diagonal."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().item()
-    unseen = diagonal == 0
-    # A feature that no calibration token activates has a zero row. Its weight cannot change the output on
-    # this data, so its pivot is pinned and it rounds to nearest, which is right for inputs not seen here.
-    diagonal.add_(percdamp * mean).masked_fill_(unseen, mean or 1.0)
-    return hessian
-
-
-def fit_input_scales(weights: Sequence[Tensor], cost: Tensor) -> Tensor:
-    """Factors t [in] f32 with fp16 values that let inputs of one group share a grid at the least cost.
-
-    Stored columns are w_j / t_j. A group's step follows the size of its columns, so what its error costs is about
-    (Σ σ_j² / t_j²) · (Σ c_j t_j²), where σ_j is the root mean square of column j over all weights [out, in] that
-    read this input, and `cost` c_j = 1 / [H⁻¹]_jj is what an error in column j costs once the others have made up
-    for it (as in OBS). By Cauchy-Schwarz it is least for t_j² = σ_j / √c_j. AWQ (arXiv 2306.00978) searches for
-    such factors by trial; here they follow from the Hessian, and GPTQ works on what they leave.
-    """
-    rows = sum(len(weight) for weight in weights)
-    norms = [torch.linalg.vector_norm(weight, dim=0) for weight in weights]
-    column = torch.stack(norms).square_().sum(0).div_(rows)  # [in] σ²
-    scales = (_floored(column).double() / _floored(cost)).sqrt_().sqrt_()
-    scales /= scales.log().mean().exp()
-    return scales.clamp_(*INPUT_SCALE_RANGE).half().float()
-
-
-def _floored(values: Tensor) -> Tensor:
-    """No value below a millionth of the mean: an input or column that is all zero has no scale of its own."""
-    mean = values.mean().item()
-    return values.clamp(min=1e-6 * mean if mean else 1.0)
 
 
 def gptq_quantize(weight: Tensor, factor: Factor, spec: QuantSpec) -> Solution:
@@ -259,7 +165,7 @@ def finished(
         if lost_damped is None:
             lost += output_energy(difference, *metric)
         elif factor is not None:
-            lost -= _damping_energy(difference, factor.damping)
+            lost -= damping_energy(difference, factor.damping)
         energy += output_energy(stored, *metric)
     lost += lost_damped or 0.0
     scales = None if factor is None else factor.input_scales
@@ -331,26 +237,3 @@ def _round_columns(
         lost += float(errors.square().sum(dtype=torch.float64))
         free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors, alpha=-1)
     return _Solved(codes_of, decoded_of, lost)
-
-
-def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:
-    """tr(W H Wᵀ) of weight [out, in]; H [in, in] less `damping` [in] on its diagonal, or without one the identity."""
-    if hessian is None:
-        return float(weight.square().sum(dtype=torch.float64))
-    energy = 0.0
-    for start in range(0, len(hessian), ENERGY_COLUMNS):  # H is symmetric: what is left of its diagonal counts twice
-        own, before = slice(start, start + ENERGY_COLUMNS), slice(0, start)
-        product = weight[:, before] @ hessian[before, own]
-        product.addmm_(weight[:, own], hessian[own, own], beta=2)
-        energy += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
-    return energy if damping is None else energy - _damping_energy(weight, damping)
-
-
-def _damping_energy(weight: Tensor, damping: Tensor) -> float:
-    """What `damping` [in] adds to the energy of weight [out, in]."""
-    return float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
-
-
-def relative_error(lost: float, energy: float) -> float:
-    """SPEC 5.5: the share `lost` of a layer's output energy."""
-    return max(lost, 0.0) / max(energy, 1e-30)

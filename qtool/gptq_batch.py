@@ -17,7 +17,8 @@ from torch import Tensor
 
 from calibration.hessian import LayerStats
 from qtool.errors import QuantizeError
-from qtool.gptq import Factor, Solution, factorize, fit_layer, rtn_quantize, solve_columns
+from qtool.factor import Factor, factorize
+from qtool.gptq import Solution, fit_layer, rtn_quantize, solve_columns
 from qtool.grid import UniformGrid
 from qtool.recipe import QuantSpec
 from qtool.ternary import TernaryGrid

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from calibration.hessian import LayerStats
 from formats.layer import Int8Linear
-from qtool.gptq import Solution, output_energy, relative_error
+from qtool.energy import output_energy, relative_error
+from qtool.gptq import Solution
 from qtool.recipe import QuantSpec
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from qtool.gptq import Factor, Solution, gptq_quantize, outlier_unit, output_energy, relative_error, rtn_quantize
+from qtool.energy import output_energy, relative_error
+from qtool.factor import Factor
+from qtool.gptq import Solution, gptq_quantize, outlier_unit, rtn_quantize
 from qtool.recipe import QuantSpec
 from qtool.sensitivity import TOKENS, Cost
 

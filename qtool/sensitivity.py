@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats.skeleton import one_line
+from qtool.energy import output_energy
 from qtool.errors import QuantizeError
-from qtool.gptq import output_energy
 from qtool.journal import FORWARD, GRADIENT
 from qtool.model import BlockwiseModel
 from qtool.numerics import release_free_memory

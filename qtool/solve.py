@@ -11,7 +11,8 @@ from torch import Tensor
 
 from calibration.hessian import LayerStats
 from formats.errors import error_context
-from qtool.gptq import Factor, Solution, factorize, gptq_quantize, rtn_quantize
+from qtool.factor import Factor, factorize
+from qtool.gptq import Solution, gptq_quantize, rtn_quantize
 from qtool.gptq_batch import gptq_quantize_all
 from qtool.int8 import int8_quantize
 from qtool.recipe import QuantSpec

@@ -20,7 +20,7 @@ from formats.errors import error_context
 from qtool.budget import Budget
 from qtool.checkpoint import find_tensor
 from qtool.errors import ConfigError
-from qtool.gptq import Factor, factorize
+from qtool.factor import Factor, factorize
 from qtool.journal import SWEEP, SWEEP_PART, SWEEP_STATES, write_durably
 from qtool.layer_loss import embedding_losses, layer_losses
 from qtool.model import BlockwiseModel

@@ -24,8 +24,8 @@ from formats.reader import QtmFile
 from formats.skeleton import set_tensor, split_name
 from formats.tensors import decode_tensor
 from qtool.checkpoint import Checkpoint, find_tensor
+from qtool.energy import output_energy, relative_error
 from qtool.errors import CheckpointError, ConfigError
-from qtool.gptq import output_energy, relative_error
 from qtool.mixture import visit_block
 from qtool.model import BlockwiseModel
 from qtool.numerics import exact_float32, release_free_memory

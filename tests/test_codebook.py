@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from formats.layer import dequantize
 from formats.layer.codebook import level_table
 from qtool.codebook import Levels, choose_levels, fit_codebook, fit_levels
-from qtool.gptq import factorize, gptq_quantize, rtn_quantize
+from qtool.factor import factorize
+from qtool.gptq import gptq_quantize, rtn_quantize
 from qtool.recipe import QuantSpec
 
 

@@ -11,8 +11,9 @@ from correlated import make_layer, output_error
 from formats.encoding import Codebook, Int8Rows, Trellis, Uniform
 from formats.layer import dequantize
 from formats.section import check_section, pack, unpack
+from qtool.factor import factorize
 from qtool.fit import planned_encoding
-from qtool.gptq import Solution, factorize, gptq_quantize, rtn_quantize
+from qtool.gptq import Solution, gptq_quantize, rtn_quantize
 from qtool.recipe import QuantSpec
 from qtool.sizes import bits_per_weight, stored_bytes
 

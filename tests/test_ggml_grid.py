@@ -15,9 +15,10 @@ from formats.ggml.exact import exact
 from formats.reader import QtmFile
 from formats.tensors import decode_tensor
 from qtool.errors import ConfigError
+from qtool.factor import factorize
 from qtool.fit import fit_grid, planned_encoding
 from qtool.ggml_grid import kind_of
-from qtool.gptq import factorize, gptq_quantize, rtn_quantize
+from qtool.gptq import gptq_quantize, rtn_quantize
 from qtool.recipe import GGML, QuantSpec
 
 TYPES = [(name, bits) for name, widths in GGML.items() for bits in widths]

@@ -9,7 +9,8 @@ from correlated import make_layer, output_error, stats_of
 
 from formats.layer import dequantize, group_index
 from qtool.errors import QuantizeError
-from qtool.gptq import _round_columns, factorize, fit_input_scales, gptq_quantize, rtn_quantize
+from qtool.factor import factorize, fit_input_scales
+from qtool.gptq import _round_columns, gptq_quantize, rtn_quantize
 from qtool.grid import UniformGrid, fit_uniform
 from qtool.recipe import QuantSpec
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from calibration.hessian import LayerStats
 from qtool import gptq_batch
-from qtool.gptq import factorize, gptq_quantize, rtn_quantize
+from qtool.factor import factorize
+from qtool.gptq import gptq_quantize, rtn_quantize
 from qtool.gptq_batch import gptq_quantize_all
 from qtool.recipe import QuantSpec
 

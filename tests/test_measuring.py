@@ -20,7 +20,7 @@ import qtool.pipeline
 import qtool.sample
 import qtool.sweep
 from qtool.errors import QuantizeError
-from qtool.gptq import factorize
+from qtool.factor import factorize
 from qtool.layer_loss import sample_rows
 from qtool.model import BlockwiseModel
 from qtool.recipe import CalibrationSpec, QuantSpec, Recipe

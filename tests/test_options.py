@@ -8,7 +8,8 @@ from correlated import make_layer
 
 from formats.section import pack
 from qtool.errors import ConfigError
-from qtool.gptq import factorize, gptq_quantize
+from qtool.factor import factorize
+from qtool.gptq import gptq_quantize
 from qtool.options import build_recipe, default_output, parse_share
 from qtool.recipe import QuantSpec, Recipe
 

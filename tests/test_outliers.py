@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from formats.layer import dequantize
 from formats.section import pack
-from qtool.gptq import Solution, _quantize_rows, _solve, factorize, fit_layer, gptq_quantize
+from qtool.factor import factorize
+from qtool.gptq import Solution, _quantize_rows, _solve, fit_layer, gptq_quantize
 from qtool.grid import _decoded
 from qtool.outliers import (
     FP16_MAX,

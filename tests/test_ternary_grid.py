@@ -11,8 +11,9 @@ from correlated import make_layer, output_error
 from invoke import qtool_json, refusal, run_qtool
 
 from formats.layer import TernaryLinear
+from qtool.factor import factorize
 from qtool.fit import fit_grid
-from qtool.gptq import factorize, gptq_quantize, rtn_quantize
+from qtool.gptq import gptq_quantize, rtn_quantize
 from qtool.recipe import QuantSpec
 from qtool.ternary import TernaryGrid, share_of_zeros
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from formats.encoding.trellis import RUN_ROWS
 from formats.layer import group_index
 from formats.trellis import SUBSETS, subsets
-from qtool.gptq import _round_columns, factorize, gptq_quantize
+from qtool.factor import factorize
+from qtool.gptq import _round_columns, gptq_quantize
 from qtool.recipe import QuantSpec
 from qtool.sizes import MAX_RUN, run_length
 from qtool.statistics import FP16_TINY

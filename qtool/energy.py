@@ -1,0 +1,32 @@
+"""The energy of a layer's output, and the share of it that is lost (SPEC 5.5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ENERGY_COLUMNS = 128
+"""Of the product with a Hessian at a time."""
+
+
+def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None = None) -> float:
+    """tr(W H Wᵀ) of weight [out, in]; H [in, in] less `damping` [in] on its diagonal, or without one the identity."""
+    if hessian is None:
+        return float(weight.square().sum(dtype=torch.float64))
+    energy = 0.0
+    for start in range(0, len(hessian), ENERGY_COLUMNS):  # H is symmetric: what is left of its diagonal counts twice
+        own, before = slice(start, start + ENERGY_COLUMNS), slice(0, start)
+        product = weight[:, before] @ hessian[before, own]
+        product.addmm_(weight[:, own], hessian[own, own], beta=2)
+        energy += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
+    return energy if damping is None else energy - damping_energy(weight, damping)
+
+
+def damping_energy(weight: Tensor, damping: Tensor) -> float:
+    """What `damping` [in] adds to the energy of weight [out, in]."""
+    return float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
+
+
+def relative_error(lost: float, energy: float) -> float:
+    """SPEC 5.5: the share `lost` of a layer's output energy."""
+    return max(lost, 0.0) / max(energy, 1e-30)
