@@ -34,8 +34,8 @@ _method_options = _options(
     ),
     click.option(
         "--bits", type=float,
-        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; q_k: 2 to 6; q_1: 4 or 5; below 1: as "
-        "--method ternary, with a word if experts take more.  [default: 4]",
+        help="Bits per code of the linear layers, 2 to 8; trellis: 1 to 6; q_k: 2 to 6; q_1: 4, 5; q_0: 4, 5, 8; below "
+        "1: as --method ternary, with a word if experts take more.  [default: 4]",
     ),
     click.option(
         "--method", show_default=True, metavar="[gptq|spqr|rtn|int8|ternary]",
@@ -44,10 +44,10 @@ _method_options = _options(
         "ternary.",
     ),
     click.option(
-        "--format", metavar="[int|nf4|fp4|fitted|trellis|ternary|q_k|q_1]",
+        "--format", metavar="[int|nf4|fp4|fitted|trellis|ternary|q_k|q_1|q_0]",
         help="What a code stands for. fitted: levels fitted to each layer; trellis: a step on a path of levels, 1 to 6 "
-        "bits; ternary: zero or one of two values of the row; q_k, q_1: llama.cpp's Q2_K to Q6_K, and Q4_1 and Q5_1, "
-        "by --bits.  [default: int; trellis for gptq and spqr with --effort best or a target]",
+        "bits; ternary: zero or one of two values of the row; q_k, q_1, q_0: llama.cpp's blocks of that name, by "
+        "--bits: q_k --bits 4 is Q4_K.  [default: int; trellis for gptq and spqr with --effort best or a target]",
     ),
     click.option(
         "--expert-format", metavar="[ternary]",

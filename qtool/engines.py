@@ -43,12 +43,6 @@ ENGINES: dict[str, EngineRules] = {
     "compressed-tensors": EngineRules(bits=(4, 2, 3, 5, 6, 7, 8)),
     "awq": EngineRules(bits=(4,), symmetric=(False, True), multiple=(8, 1), mixes=False),
     **{
-        f"gguf:q{bits}_0": EngineRules(
-            bits=(bits,), group_sizes=(32,), embeddings=(8, 16), multiple=(1, 32), mixes=False
-        )
-        for bits in (4, 5, 8)
-    },
-    **{
         f"gguf:q{bits}_{form[-1]}": EngineRules(
             bits=(bits,),
             formats=(form,),
@@ -109,7 +103,9 @@ def options_for(engine: str, options: Mapping[str, Any], shapes: Mapping[str, tu
         shapes = {n: shape for n, shape in shapes.items() if not any(re.search(p, n) for p in options["ignore"])}
     _check_shapes(engine, rules, shapes)
     chosen: dict[str, Any] = {"embeddings": rules.embeddings[0], "number_format": rules.formats[0]}
-    if rules.group_sizes:
+    if not rules.group_sizes:
+        _check(engine, "group_size", options.get("group_size"), ())
+    else:
         chosen["group_size"] = _group_size(engine, rules, options.get("group_size"), shapes)
     if rules.symmetric and options.get("symmetric") is None:
         chosen["symmetric"] = rules.symmetric[0]

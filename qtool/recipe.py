@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +17,18 @@ from qtool.errors import ConfigError
 
 Method = Literal["gptq", "rtn", "int8"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "int8")
-Format = Literal["int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_1", "q_k"]
-FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_1", "q_k")
-GGML = {"q_1": {4: BLOCK, 5: BLOCK}, "q_k": {form.bits: form.group for form in K_FORMS.values()}}
-"""llama.cpp's types of blocks with minima, and of super-blocks: by their bits, the inputs that share a scale."""
-BITS: dict[str, range] = {
+Format = Literal["int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_0", "q_1", "q_k"]
+FORMATS: tuple[Format, ...] = ("int", "nf4", "fp4", "fitted", "trellis", "ternary", "q_0", "q_1", "q_k")
+GGML = {
+    "q_0": {4: BLOCK, 5: BLOCK, 8: BLOCK},
+    "q_1": {4: BLOCK, 5: BLOCK},
+    "q_k": {form.bits: form.group for form in K_FORMS.values()},
+}
+"""llama.cpp's types of blocks, with a minimum, and of super-blocks: by their bits, the inputs that share a scale."""
+BITS: dict[str, Sequence[int]] = {
     "int": range(2, 9), "nf4": range(4, 5), "fp4": range(4, 5), "fitted": range(2, 9), "trellis": range(1, 7),
     "ternary": range(2, 3),  # what a code takes in memory; in the file, what its zeros let it
-    **{name: range(min(groups), max(groups) + 1) for name, groups in GGML.items()},
+    **{name: tuple(groups) for name, groups in GGML.items()},
 }  # fmt: skip
 _SOLVER_OPTIONS = ("act_order", "scale_search", "input_scales")
 
@@ -56,9 +61,11 @@ class QuantSpec:
         one_of("format", self.format, FORMATS)
         allowed = BITS[self.format]
         if self.bits not in allowed:
-            most = f"{allowed.start} to {allowed.stop - 1}" if len(allowed) > 1 else f"{allowed.start}"
+            *most, last = allowed
+            each = f"{', '.join(map(str, most))} or {last}" if most else f"{last}"
+            which = f"{allowed[0]} to {last}" if last - allowed[0] == len(most) > 1 else each
             raise ConfigError(
-                f"bits={self.bits}: must be {most}" + ("" if self.format == "int" else f" for {self.format}")
+                f"bits={self.bits}: must be {which}" + ("" if self.format == "int" else f" for {self.format}")
             )
         if self.group_size != -1 and not 8 <= self.group_size <= 1 << 20:
             raise ConfigError(f"group_size={self.group_size}: must be -1 (one group per row) or at least 8")

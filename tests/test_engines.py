@@ -36,7 +36,6 @@ def test_the_largest_group_that_divides_every_row():
     assert chosen("gptq", {"a": (64, 4096)})["group_size"] == 128
     assert chosen("gptq", {"a": (64, 4096), "b": (64, 96)})["group_size"] == 32
     assert chosen("compressed-tensors", {"a": (64, 100)})["group_size"] == -1
-    assert chosen("gguf:q4_0")["group_size"] == 32
     assert chosen("vllm", WIDE, group_size=32)["group_size"] == 32
 
 
@@ -80,7 +79,7 @@ def test_what_is_chosen():
             "goes with --format q_k, not with --format int; leave one of the two out",
         ),
         ("gguf:q4_1", {"symmetric": True}, "has nothing like --sym; leave one of the two out"),
-        ("gguf:q4_0", {"target_bits": 4.5}, "has one width, --target-bits 4.5 mixes them"),
+        ("gguf:q4_0", {"group_size": 64}, "has nothing like --group-size 64; leave one of the two out"),
         ("onnx", {}, "--for onnx: must be one of gptq, vllm, compressed-tensors, awq, gguf:q4_0"),
     ],
 )

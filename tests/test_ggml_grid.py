@@ -24,7 +24,18 @@ from qtool.recipe import GGML, QuantSpec
 TYPES = [(name, bits) for name, widths in GGML.items() for bits in widths]
 SIZES = {"hidden_size": 256, "intermediate_size": 288, "head_dim": 64, "num_hidden_layers": 2}
 """Rows of 288 are no super-blocks: down_proj falls back."""
-KINDS = {"q4_1": "Q4_1", "q5_1": "Q5_1", "q2_k": "Q2_K", "q3_k": "Q3_K", "q4_k": "Q4_K", "q5_k": "Q5_K", "q6_k": "Q6_K"}
+KINDS = {
+    "q4_0": "Q4_0",
+    "q5_0": "Q5_0",
+    "q8_0": "Q8_0",
+    "q4_1": "Q4_1",
+    "q5_1": "Q5_1",
+    "q2_k": "Q2_K",
+    "q3_k": "Q3_K",
+    "q4_k": "Q4_K",
+    "q5_k": "Q5_K",
+    "q6_k": "Q6_K",
+}
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
