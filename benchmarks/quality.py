@@ -26,7 +26,6 @@ RECIPES = [
     ("GPTQ, llama.cpp's Q4_1", ["--format", "q_1", "--bits", 4, *LEFT]),
     ("GPTQ, llama.cpp's Q4_0", ["--for", "gguf:q4_0", *LEFT]),
     ("GPTQ, llama.cpp's K types, 5.5 bits", ["--for", "gguf:q4_k", "--target-bits", 5.5, *LEFT]),
-    ("GPTQ, llama.cpp's K types, 4.6 bits", ["--for", "gguf:q4_k", "--target-bits", 4.6, *LEFT]),
     ("GPTQ 3 bits, group 64", ["--bits", 3, "--group-size", 64, *LEFT]),
     ("round to nearest 3 bits, group 64", ["--bits", 3, "--group-size", 64, "--method", "rtn", *LEFT]),
 ]

@@ -182,7 +182,10 @@ def test_the_output_is_named_for_the_model_and_its_bits(tmp_path):
     [
         ({"method": "awq"}, "method='awq': must be one of gptq, rtn, int8, spqr, ternary"),
         ({"effort": "more"}, "effort='more': must be one of fast, default, best"),
-        ({"number_format": "fp8"}, "format='fp8': must be one of int, nf4, fp4, fitted, trellis, ternary, q_0, q_1, q_k"),
+        (
+            {"number_format": "fp8"},
+            "format='fp8': must be one of int, nf4, fp4, fitted, trellis, ternary, q_0, q_1, q_k",
+        ),
         ({"bits": 9}, "bits=9: must be 2 to 8"),
         ({"bits": 3, "number_format": "nf4"}, "bits=3: must be 4 for nf4"),
         ({"bits": 8, "number_format": "fp4"}, "bits=8: must be 4 for fp4"),
