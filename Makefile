@@ -45,7 +45,7 @@ $(REFERENCE): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python $(SHARED)/tools/make_reference_model.py $@ --seed $(SEED) --wheel-dir $(WHEELS)
 
-bench: $(REFERENCE) ## every figure of the README, about half an hour; needs the texts and the model script in ../shared
+bench: $(REFERENCE) ## every figure of the README, about an hour; needs the texts and the model script in ../shared
 	$(BIN)/python -m benchmarks.speed --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.cost --model $(REFERENCE)
 	$(BIN)/python -m benchmarks.memory --model $(REFERENCE)
