@@ -14,9 +14,9 @@ from torch import Tensor
 
 from formats.encoding import Affine, MatrixEncoding, Shape, Uniform
 from formats.ggml.blocks import FORMS, Blocks
-from formats.ggml.k_blocks import K_FORMS, KBlocks
+from formats.ggml.k_blocks import KBlocks
 from formats.ggml.layers import products_of
-from formats.ggml.types import BLOCK, fallback
+from formats.ggml.types import BLOCK, K_FORMS, fallback
 from formats.layer import Layer, SparseOutliers
 from qtool.errors import ConfigError
 from qtool.grid import Grid

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from formats.errors import FormatError, error_context
 from formats.ggml.blocks import FORMS, unpack
-from formats.ggml.k_blocks import K_FORMS, unpack_k
+from formats.ggml.k_blocks import unpack_k
 from formats.ggml.layers import layer_of
 from formats.ggml.levels import LEVELS, unpack_levels
+from formats.ggml.types import K_FORMS
 from formats.layer import Layer, QuantizedLinear
 from qtool.checkpoint import find_tensor
 from qtool.checkpoint_gguf import GgufCheckpoint

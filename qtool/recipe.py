@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from formats.ggml.k_blocks import K_FORMS
-from formats.ggml.types import BLOCK, SUPER_BLOCK
+from formats.ggml.types import BLOCK, K_FORMS, SUPER_BLOCK
 from qtool.errors import ConfigError
 
 Method = Literal["gptq", "rtn", "int8"]

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from formats.ggml.blocks import F16, FORMS, Blocks
-from formats.ggml.k_blocks import K_FORMS, KBlocks
+from formats.ggml.k_blocks import KBlocks
 from formats.ggml.levels import LEVELS, LevelBlocks
-from formats.ggml.types import BLOCK, SUPER_BLOCK
+from formats.ggml.types import BLOCK, K_FORMS, SUPER_BLOCK
 from formats.layer import AffineLinear, CodebookLinear, Int8Linear, Layer, Products, QuantizedLinear
 
 I16 = npt.NDArray[np.int16]

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from formats.ggml import fit_loops
 from formats.ggml.blocks import F16, F32, FORMS, Blocks
 from formats.ggml.fit_loops import ANY_MIN, FALLING_MIN, NO_MIN
-from formats.ggml.k_blocks import K_FORMS, KBlocks, KForm
-from formats.ggml.types import BLOCK, SUPER_BLOCK
+from formats.ggml.k_blocks import KBlocks
+from formats.ggml.types import BLOCK, K_FORMS, SUPER_BLOCK, KForm
 
 Array = npt.NDArray[Any]
 ROUNDS = 3

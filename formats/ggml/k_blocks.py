@@ -11,35 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from formats.ggml.blocks import F16, F32, U8, as_bytes, as_f16
-from formats.ggml.types import SUPER_BLOCK, TYPES
-
-
-@dataclass(frozen=True, slots=True)
-class KForm:
-    """bits: of a code. group: weights that share a scale. stat_bits: of a scale or minimum. has_min: else, signs."""
-
-    bits: int
-    group: int
-    stat_bits: int
-    has_min: bool
-
-    @property
-    def n_groups(self) -> int:
-        return SUPER_BLOCK // self.group
-
-    @property
-    def offset(self) -> int:
-        """What a code is less by in the weight."""
-        return 0 if self.has_min else 1 << (self.bits - 1)
-
-
-K_FORMS = {
-    "Q2_K": KForm(2, 16, 4, True),
-    "Q3_K": KForm(3, 16, 6, False),
-    "Q4_K": KForm(4, 32, 6, True),
-    "Q5_K": KForm(5, 32, 6, True),
-    "Q6_K": KForm(6, 16, 8, False),
-}
+from formats.ggml.types import K_FORMS, SUPER_BLOCK, TYPES, KForm
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -51,6 +51,34 @@ TYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class KForm:
+    """bits: of a code. group: weights that share a scale. stat_bits: of a scale or minimum. has_min: else, signs."""
+
+    bits: int
+    group: int
+    stat_bits: int
+    has_min: bool
+
+    @property
+    def n_groups(self) -> int:
+        return SUPER_BLOCK // self.group
+
+    @property
+    def offset(self) -> int:
+        """What a code is less by in the weight."""
+        return 0 if self.has_min else 1 << (self.bits - 1)
+
+
+K_FORMS = {
+    "Q2_K": KForm(2, 16, 4, True),
+    "Q3_K": KForm(3, 16, 6, False),
+    "Q4_K": KForm(4, 32, 6, True),
+    "Q5_K": KForm(5, 32, 6, True),
+    "Q6_K": KForm(6, 16, 8, False),
+}
+
+
 def fallback(kind: str, n_inputs: int) -> str | None:
     """The type that rows have which are no whole blocks of this one, as llama.cpp falls back; None where none has."""
     found = TYPES[kind]

@@ -22,8 +22,8 @@ from formats.ggml import k_blocks
 from formats.ggml.blocks import FORMS, Blocks, unpack
 from formats.ggml.exact import SMALLEST_FIRST, NotWhole, exact, exact_blocks, steps_of
 from formats.ggml.fit import fit
-from formats.ggml.k_blocks import K_FORMS, KBlocks, unpack_k
-from formats.ggml.types import TYPES
+from formats.ggml.k_blocks import KBlocks, unpack_k
+from formats.ggml.types import K_FORMS, TYPES
 from formats.layer import Int8Linear, QuantizedLinear
 
 KNOWN = {  # of x[j] = (-1)^j (j + 1) / 8
