@@ -13,7 +13,7 @@ from torch import Tensor
 from formats.experts import expert_of
 from formats.export.gptq import MERGED
 from formats.skeleton import is_transposed_linear
-from qtool.errors import ConfigError
+from qtool.errors import ConfigError, either
 from qtool.model import BlockwiseModel
 from qtool.recipe import GGML
 
@@ -135,7 +135,7 @@ def _check(engine: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None
         return
     if not allowed:
         raise ConfigError(f"--for {engine}: has nothing like {_given(name, value)}; leave one of the two out")
-    goes = _either(_given(name, own) for own in allowed)
+    goes = either(_given(name, own) for own in allowed)
     raise ConfigError(f"--for {engine}: goes with {goes}, not with {_given(name, value)}; leave one of the two out")
 
 
@@ -149,7 +149,7 @@ def _check_layers(engine: str, rules: EngineRules, options: Mapping[str, Any]) -
         bits = text.rpartition("=")[2]
         allowed = rules.widths or (rules.bits if rules.mixes else rules.bits[:1])
         if bits.isdigit() and int(bits) not in allowed:
-            raise ConfigError(f"--for {engine}: bits must be {_either(allowed)}, --layer {text} is something else")
+            raise ConfigError(f"--for {engine}: bits must be {either(allowed)}, --layer {text} is something else")
 
 
 def _check_merged(engine: str, rules: EngineRules, options: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -164,7 +164,7 @@ def _check_merged(engine: str, rules: EngineRules, options: Mapping[str, Any], n
             if len({treated[name][0] for name in own}) > 1:
                 option = next(option for _, option in (treated[name] for name in own) if option)
                 raise ConfigError(
-                    f"--for {engine}: runs {_either(own, 'and')} as one matrix, of which {option} takes a part; "
+                    f"--for {engine}: runs {either(own, 'and')} as one matrix, of which {option} takes a part; "
                     "let its pattern match all of them or none"
                 )
 
@@ -214,7 +214,7 @@ def _group_size(engine: str, rules: EngineRules, given: int | None, shapes: Mapp
     inputs = {n_in for _, n_in in shapes.values()}
     if given is not None and given not in rules.group_sizes:
         raise ConfigError(
-            f"--for {engine}: the engine has groups of {_either(rules.group_sizes)}, not of --group-size {given}"
+            f"--for {engine}: the engine has groups of {either(rules.group_sizes)}, not of --group-size {given}"
         )
     for size in rules.group_sizes if given is None else (given,):
         if size == ROW or not any(n_in % size for n_in in inputs):
@@ -234,8 +234,3 @@ def _given(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{option}" if value else f"--no-{option}"
     return f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}"
-
-
-def _either(values: Iterable[Any], word: str = "or") -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} {word} {last}" if most else last

@@ -8,7 +8,7 @@ QtoolError
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,3 +37,9 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def either(values: Iterable[object], word: str = "or") -> str:
+    """Values as a message lists them: a, b or c."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} {word} {last}" if most else last

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from formats.ggml.types import BLOCK, K_FORMS, SUPER_BLOCK
-from qtool.errors import ConfigError
+from qtool.errors import ConfigError, either
 
 Method = Literal["gptq", "rtn", "int8"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "int8")
@@ -60,9 +60,8 @@ class QuantSpec:
         one_of("format", self.format, FORMATS)
         allowed = BITS[self.format]
         if self.bits not in allowed:
-            *most, last = allowed
-            each = f"{', '.join(map(str, most))} or {last}" if most else f"{last}"
-            which = f"{allowed[0]} to {last}" if last - allowed[0] == len(most) > 1 else each
+            first, last = allowed[0], allowed[-1]
+            which = f"{first} to {last}" if last - first == len(allowed) - 1 > 1 else either(allowed)
             raise ConfigError(
                 f"bits={self.bits}: must be {which}" + ("" if self.format == "int" else f" for {self.format}")
             )

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from formats.layouts import awq, gptq, pack_quantized
 from formats.layouts.affine import Affine, Arrays
 from formats.strict_json import brief
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, either
 
 KNOWN_ORIGIN = re.compile(r"qtool:|gptqmodel:(?!0\.[0-8]\.)", re.IGNORECASE)
 """Who wrote version 1 of GPTQ with zeros that can be told: GPTQModel before 0.9 stored some as they were."""
@@ -58,7 +58,9 @@ class _Fields:
     def integer(self, name: str, allowed: range | tuple[int, ...], default: int | None = None) -> int:
         value = self.values.get(name, default)
         if type(value) is not int or value not in allowed:
-            shown = f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else _either(allowed)
+            shown = (
+                f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else either(map(brief, allowed))
+            )
             raise self.refuse(name, value, f"must be {shown}")
         return value
 
@@ -71,7 +73,7 @@ class _Fields:
     def choice(self, name: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
         value = self.values.get(name, default)
         if not any(value is own or (value == own and isinstance(value, str)) for own in allowed):
-            raise self.refuse(name, value, f"import knows {_either(allowed)}")
+            raise self.refuse(name, value, f"import knows {either(map(brief, allowed))}")
         return value
 
     def members(self, name: str) -> Mapping[str, Any]:
@@ -93,11 +95,6 @@ class _Fields:
             return re.compile(text)
         except re.error as error:
             raise self.refuse("pattern", text, f"is no regular expression: {error}") from error
-
-
-def _either(allowed: tuple[Any, ...]) -> str:
-    *most, last = [brief(value) for value in allowed]
-    return f"{', '.join(most)} or {last}" if most else last
 
 
 class _GptqScheme(Scheme):
