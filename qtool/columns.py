@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from formats.compiled import compiled
 from formats.layer import Layer, SparseOutliers
-from qtool.grid import Grid, UniformGrid, empty_block
+from qtool.grid import Columns, Grid, UniformGrid
 from qtool.ternary import TernaryGrid
 
 STRIPE = 256
@@ -46,12 +45,12 @@ def _round_ternary(
         decoded[t] = low[t] if is_low else (high[t] if is_high else np.float32(0))
 
 
-def _make_up(free: np.ndarray, chol: np.ndarray, j: int, rows: slice, errors: np.ndarray) -> None:
-    """Of some rows of free [b, out], all columns behind j less their shares of its errors [rows] over U_jj.
+def _make_up(free: np.ndarray, chol: np.ndarray, j: int, stop: int, rows: slice, errors: np.ndarray) -> None:
+    """Of some rows of free [in, out], the columns from j to `stop` less their shares of its errors [rows] over U_jj.
 
     Rounded once where the machine can, as in torch's addcmul_.
     """
-    for k in range(j + 1, len(free)):
+    for k in range(j + 1, stop):
         share, later = chol[j, k], free[k, rows]  # a part of one row, which the compiler knows to be contiguous
         for t in range(len(errors)):
             later[t] -= share * errors[t]
@@ -63,6 +62,8 @@ _make_up_compiled = compiled(_make_up, fastmath={"contract"}, **LOOP)
 
 
 def _round_block(
+    start: int,
+    stop: int,
     free: np.ndarray,
     chol: np.ndarray,
     limits: np.ndarray,
@@ -75,27 +76,26 @@ def _round_block(
     decoded: np.ndarray,
     errors: np.ndarray,
 ) -> None:
-    """`Grid.round_block`: free [b, rows] f32, changed; chol [b, b] f32, limits [b] f32, groups [b] i64; of the grid
-    (lower, upper) [G, rows] f32: low and high, or scales and zeros, and the largest code, a f32; written are codes u8,
-    decoded f32 and errors f32 [b, rows].
+    """`Grid.round_block` of the columns from start to `stop`, b of them; limits: [b] f32; of the grid (lower, upper)
+    [G, rows] f32: low and high, or scales and zeros, and the largest code, a f32; the others as in `Columns`.
 
     Rows do not touch each other, so each stripe of them goes through the whole block by itself.
     """
-    n_columns, n_rows = free.shape
+    n_rows = free.shape[1]
     for first in range(0, n_rows, STRIPE):
         rows = slice(first, min(first + STRIPE, n_rows))
-        for j in range(n_columns):
+        for j in range(start, stop):
             column, rounded, error = free[j, rows], decoded[j, rows], errors[j, rows]
             a, b = lower[groups[j], rows], upper[groups[j], rows]
             if is_ternary:
                 _round_ternary_compiled(column, a, b, codes[j, rows], rounded)
             else:
                 _round_uniform_compiled(column, a, b, top, codes[j, rows], rounded)
-            limit, pivot = limits[j], chol[j, j]
+            limit, pivot = limits[j - start], chol[j, j]
             for t in range(len(column)):
                 difference = column[t] - rounded[t]
                 error[t] = (np.float32(0) if abs(difference) > limit else difference) / pivot
-            _make_up_compiled(free, chol, j, rows, error)
+            _make_up_compiled(free, chol, j, stop, rows, error)
 
 
 _round_block_compiled = compiled(_round_block, **LOOP)
@@ -113,30 +113,27 @@ class CompiledGrid(Grid):
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
         return self.grid.quantize(weight, group)
 
-    def round_block(
-        self, free: Tensor, chol: Tensor, groups: Tensor, limits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def round_block(self, columns: Columns, own: slice, limits: Tensor | None = None) -> None:
         grid = self.grid
         if isinstance(grid, TernaryGrid):
             lower, upper, top = grid.low, grid.high, 2
         else:
             lower, upper, top = grid.scales, grid.zeros, 2**grid.bits - 1
-        codes, decoded, errors = empty_block(free)
-        limits = torch.full((len(free),), torch.inf) if limits is None else limits
         _round_block_compiled(
-            free.numpy(),
-            chol.numpy(),
-            limits.numpy(),
-            groups.numpy(),
+            own.start,
+            own.stop,
+            columns.free.numpy(),
+            columns.chol.numpy(),
+            np.full(own.stop - own.start, np.inf, np.float32) if limits is None else limits.numpy(),
+            columns.groups.numpy(),
             isinstance(grid, TernaryGrid),
             lower.numpy(),
             upper.numpy(),
             np.float32(top),
-            codes.numpy(),
-            decoded.numpy(),
-            errors.numpy(),
+            columns.codes.numpy(),
+            columns.decoded.numpy(),
+            columns.errors.numpy(),
         )
-        return codes, decoded, errors
 
     def layer(
         self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None

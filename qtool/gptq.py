@@ -21,7 +21,7 @@ from formats.layer import Layer, SparseOutliers, group_index
 from qtool.energy import damping_energy, output_energy, relative_error
 from qtool.factor import Factor
 from qtool.fit import fit_grid
-from qtool.grid import Grid
+from qtool.grid import Columns, Grid
 from qtool.outliers import OutlierList, OutlierRule, kept_values, relative_threshold, threshold_of_rate
 from qtool.recipe import QuantSpec
 
@@ -220,20 +220,20 @@ def _round_columns(
     is_in_order = torch.equal(perm, torch.arange(len(perm)))  # then slices will do, which is a good deal faster
     # [in, rows]: a column is a contiguous row here. A copy also where the weight lies so already, for it is changed.
     free = weight.T.clone(memory_format=torch.contiguous_format) if is_in_order else weight.T[perm].contiguous()
-    codes_of, decoded_of, lost = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), 0.0
+    columns = Columns.of(free, factor.hinv_chol, groups if is_in_order else groups[perm])
     for start in range(0, len(free), block_size):
-        stop = min(start + block_size, len(free))
-        columns = slice(start, stop) if is_in_order else perm[start:stop]
-        block = factor.hinv_chol[start:stop, start:stop]
-        limits = None if rule is None else rule.limits(block.diagonal())
-        codes, decoded, errors = grid.round_block(free[start:stop], block, groups[columns], limits)
+        own = slice(start, min(start + block_size, len(free)))
+        limits = None if rule is None else rule.limits(factor.hinv_chol.diagonal()[own])
+        grid.round_block(columns, own, limits)
         if limits is not None:
             for column, kept in zip(
-                perm[start:stop].tolist(), kept_values(free[start:stop] - decoded, limits), strict=True
+                perm[own].tolist(), kept_values(free[own] - columns.decoded[own], limits), strict=True
             ):
                 keep(column, kept)
-        codes_of[columns], decoded_of[columns] = codes, decoded
-        # With d the difference, H⁻¹ = UᵀU and errors e: d = eU, and so d H dᵀ = e eᵀ.
-        lost += float(errors.square().sum(dtype=torch.float64))
-        free[stop:].addmm_(factor.hinv_chol[start:stop, stop:].T, errors, alpha=-1)
-    return _Solved(codes_of, decoded_of, lost)
+        free[own.stop :].addmm_(factor.hinv_chol[own, own.stop :].T, columns.errors[own], alpha=-1)
+    # With d the difference, H⁻¹ = UᵀU and errors e: d = eU, and so d H dᵀ = e eᵀ.
+    lost = float(torch.linalg.vector_norm(columns.errors, dtype=torch.float64)) ** 2
+    if is_in_order:
+        return _Solved(columns.codes, columns.decoded, lost)
+    back = perm.argsort()
+    return _Solved(columns.codes[back], columns.decoded[back], lost)

@@ -23,6 +23,29 @@ SHRINK_MIN = 0.6  # a group's best range is rarely below this share of its large
 MAX_ELEMENTS = 1 << 19  # weights searched at a time: the temporaries then stay in the cache
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """The columns of a layer, each a contiguous row here, in the order in which the solver rounds them."""
+
+    free: Tensor  # [in, rows] f32, changed: what is left to round, other columns' errors made up for
+    chol: Tensor  # [in, in] f32: U
+    groups: Tensor  # [in] i64
+    codes: Tensor  # [in, rows] u8; this and what follows is written as columns are rounded
+    decoded: Tensor  # [in, rows] f32
+    errors: Tensor  # [in, rows] f32: over U_jj
+
+    @classmethod
+    def of(cls, free: Tensor, chol: Tensor, groups: Tensor) -> Columns:
+        codes = torch.empty(free.shape, dtype=torch.uint8)
+        return cls(free, chol, groups, codes, torch.empty_like(free), torch.empty_like(free))
+
+    def block(self, own: slice) -> Columns:
+        """A part of them, which do not know of those outside."""
+        return Columns(
+            self.free[own], self.chol[own, own], self.groups[own], self.codes[own], self.decoded[own], self.errors[own]
+        )
+
+
 class Grid(ABC):
     """The values that the weights of a layer can take."""
 
@@ -36,24 +59,21 @@ class Grid(ABC):
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
         """(codes, what they decode to) for a column [out] of `group`, or columns [n, out] with their groups [n]."""
 
-    def round_block(
-        self, free: Tensor, chol: Tensor, groups: Tensor, limits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """GPTQ over the columns of a block: (codes, decoded, errors over U_jj), each [b, rows].
+    def round_block(self, columns: Columns, own: slice, limits: Tensor | None = None) -> None:
+        """GPTQ over the b columns `own`: each one's error is made up for by those of them behind it.
 
-        free: [b, rows] f32, changed: each column's error is made up for by those behind it; chol: [b, b], their U;
-        groups: [b]; limits: [b], an error beyond which is an outlier's: it is stored, and leaves nothing to make up for
+        limits: [b], an error beyond which is an outlier's: it is stored, and leaves nothing to make up for
         """
-        codes, decoded, errors = empty_block(free)
-        pivots = chol.diagonal().tolist()
-        for j, group in enumerate(groups.tolist()):
-            codes[j], decoded[j] = self.quantize(free[j], group)
+        block = columns.block(own)
+        free, decoded, errors = block.free, block.decoded, block.errors
+        pivots = block.chol.diagonal().tolist()
+        for j, group in enumerate(block.groups.tolist()):
+            block.codes[j], decoded[j] = self.quantize(free[j], group)
             torch.sub(free[j], decoded[j], out=errors[j])
             if limits is not None:
                 errors[j].masked_fill_(errors[j].abs() > limits[j], 0)
             errors[j].div_(pivots[j])
-            free[j + 1 :].addcmul_(chol[j, j + 1 :, None], errors[j], value=-1)
-        return codes, decoded, errors
+            free[j + 1 :].addcmul_(block.chol[j, j + 1 :, None], errors[j], value=-1)
 
     @abstractmethod
     def layer(
@@ -98,11 +118,6 @@ class UniformGrid(Grid):
             input_scales=input_scales,
             outliers=outliers,
         )
-
-
-def empty_block(free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `round_block` gives for a block [b, rows]."""
-    return torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), torch.empty_like(free)
 
 
 def round_to_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -161,8 +176,10 @@ def fit_ranges(
     lows, highs = [], []
     for columns in group_slices(weight.shape[1], group_size):
         rows = max(1, MAX_ELEMENTS // (columns.stop - columns.start))
-        factors = 1 if input_scales is None else input_scales[columns]
-        parts = [fit(w / factors, columns) for w in weight[:, columns].split(rows)]
+        factors = None if input_scales is None else input_scales[columns]
+        parts = [
+            fit(w.contiguous() if factors is None else w / factors, columns) for w in weight[:, columns].split(rows)
+        ]
         lows.append(torch.cat([low for low, _ in parts]))
         highs.append(torch.cat([high for _, high in parts]))
     return torch.stack(lows), torch.stack(highs)

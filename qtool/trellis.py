@@ -18,7 +18,7 @@ from torch import Tensor
 from formats.compiled import compiled, use_threads
 from formats.layer import Layer, SparseOutliers, TrellisLinear, TwoLevel
 from formats.trellis import SUBSETS, subsets
-from qtool.grid import Grid, empty_block, fit_ranges
+from qtool.grid import Columns, Grid, fit_ranges
 from qtool.recipe import QuantSpec
 from qtool.sizes import MAX_RUN, run_length
 from qtool.statistics import FP16_TINY, by_row, round_two_level
@@ -141,35 +141,27 @@ class TrellisGrid(Grid):
         return replace(self, scales=self.scales[:, stripe], stored=None)
 
     def quantize(self, weight: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
-        columns = weight.reshape(-1, weight.shape[-1])
-        scales = self.scales[torch.as_tensor(group).reshape(-1)]
-        codes, decoded, _ = self._round(columns.contiguous().clone(), torch.eye(len(columns)), scales)
-        return codes.view(weight.shape), decoded.view(weight.shape)
+        free = weight.reshape(-1, weight.shape[-1]).contiguous().clone()
+        columns = Columns.of(free, torch.eye(len(free)), torch.as_tensor(group).reshape(-1).expand(len(free)))
+        self.round_block(columns, slice(0, len(free)))
+        return columns.codes.view(weight.shape), columns.decoded.view(weight.shape)
 
-    def round_block(
-        self, free: Tensor, chol: Tensor, groups: Tensor, limits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._round(free, chol, self.scales[groups], limits)
-
-    def _round(
-        self, free: Tensor, chol: Tensor, scales: Tensor, limits: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        limits = torch.full((len(free),), torch.inf) if limits is None else limits
-        codes, decoded, errors = empty_block(free)
+    def round_block(self, columns: Columns, own: slice, limits: Tensor | None = None) -> None:
+        block = columns.block(own)
+        limits = torch.full((len(block.free),), torch.inf) if limits is None else limits
         use_threads(torch.get_num_threads())
         _round_block_compiled(
-            free.numpy(),
-            chol.contiguous().numpy(),
+            block.free.numpy(),
+            block.chol.contiguous().numpy(),
             limits.numpy(),
-            scales.contiguous().numpy(),
+            self.scales[block.groups].numpy(),
             np.ascontiguousarray(self.levels.numpy().reshape(-1, 4).T),
             SUBSETS[self.memory][: 1 << self.memory],
             self.run,
-            codes.numpy(),
-            decoded.numpy(),
-            errors.numpy(),
+            block.codes.numpy(),
+            block.decoded.numpy(),
+            block.errors.numpy(),
         )
-        return codes, decoded, errors
 
     def layer(
         self, codes: np.ndarray, group_size: int, input_scales: np.ndarray | None, outliers: SparseOutliers | None

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.columns import STRIPE, CompiledGrid
-from qtool.grid import UniformGrid
+from qtool.grid import Columns, UniformGrid
 from qtool.ternary import TernaryGrid
 
 N_GROUPS = 3
@@ -37,18 +37,31 @@ def ternary_grid(n_rows, generator):
 GRIDS = {"int": int_grid, "two-level": two_level_grid, "ternary": ternary_grid}
 
 
+def rounded(grid, free, chol, groups, own, limits=None):
+    """All that is made of the columns `own`; what is written of others stays zero."""
+    columns = Columns.of(free.clone(), chol, groups)
+    for written in (columns.codes, columns.decoded, columns.errors):
+        written.zero_()
+    grid.round_block(columns, own, limits)
+    return columns.free, columns.codes, columns.decoded, columns.errors
+
+
 def assert_same_bits(make, n_columns, n_rows, limit, seed):
+    """Of a block between others, which it leaves as they are."""
     generator = torch.Generator().manual_seed(seed)
-    grid = make(n_rows, generator)
-    free = torch.randn(n_columns + 5, n_rows, generator=generator)[5:]
-    chol = torch.rand(n_columns, n_columns + 9, generator=generator)[:, :n_columns].triu() + 0.5 * torch.eye(n_columns)
-    groups = torch.randint(0, N_GROUPS, (n_columns,), generator=generator)
-    limits = None if limit is None else limit * chol.diagonal()
-    own, reference = free.clone(), free.clone()
-    found = CompiledGrid(grid).round_block(own, chol, groups, limits)
-    expected = grid.round_block(reference, chol, groups, limits)
-    for one, other in zip((own, *found), (reference, *expected), strict=True):
+    grid, n_all = make(n_rows, generator), n_columns + 9
+    own = slice(5, 5 + n_columns)
+    free = torch.randn(n_all, n_rows, generator=generator)
+    chol = torch.rand(n_all, n_all, generator=generator).triu() + 0.5 * torch.eye(n_all)
+    groups = torch.randint(0, N_GROUPS, (n_all,), generator=generator)
+    limits = None if limit is None else limit * chol.diagonal()[own]
+    found = rounded(CompiledGrid(grid), free, chol, groups, own, limits)
+    expected = rounded(grid, free, chol, groups, own, limits)
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.numpy().view(np.uint8), other.numpy().view(np.uint8))
+    others = np.delete(np.arange(n_all), own)
+    for one, before in zip(found, (free, 0, 0, 0), strict=True):
+        np.testing.assert_array_equal(one[others], before[others] if torch.is_tensor(before) else before)
 
 
 @pytest.mark.parametrize("limit", [None, 0.3])
@@ -74,7 +87,7 @@ def test_codes_by_hand():
     grid = CompiledGrid(UniformGrid(torch.ones(1, 4), torch.ones(1, 4), 2))
     free = torch.tensor([[0.5, 1.5, -9.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
     chol = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    codes, decoded, errors = grid.round_block(free, chol, torch.zeros(2, dtype=torch.int64))
+    _, codes, decoded, errors = rounded(grid, free, chol, torch.zeros(2, dtype=torch.int64), slice(0, 2))
     assert codes.tolist() == [[2, 2, 0, 3], [1, 1, 3, 0]]
     assert decoded.tolist() == [[1.0, 1.0, -1.0, 2.0], [0.0, 0.0, 2.0, -1.0]]
     assert errors.tolist() == [[-0.25, 0.25, -4.0, 3.5], [0.25, -0.25, 2.0, -2.5]]
@@ -83,8 +96,7 @@ def test_codes_by_hand():
 def test_ternary_codes_by_hand():
     """What lies half way is zero."""
     grid = CompiledGrid(TernaryGrid(torch.full((1, 5), -2.0), torch.full((1, 5), 4.0)))
-    codes, decoded, _ = grid.round_block(
-        torch.tensor([[-3.0, -1.0, 0.0, 2.0, 2.5]]), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
-    )
+    free = torch.tensor([[-3.0, -1.0, 0.0, 2.0, 2.5]])
+    _, codes, decoded, _ = rounded(grid, free, torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), slice(0, 1))
     assert codes.tolist() == [[0, 1, 1, 1, 2]]
     assert decoded.tolist() == [[-2.0, 0.0, 0.0, 0.0, 4.0]]
