@@ -23,30 +23,31 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-PARTS = 12
+PARTS = {"tests/test_gpu.py": 8, "tests/formats/test_kernels_triton.py": 10}
 LAST_LINES = 12
-SHARES = {"kernels": 0.4, "models": 0.2, "times": 0.4}  # of the seconds
+SHARES = {"tests": 0.5, "times": 0.5}  # of the seconds
 TOKENS = "1", "4", "16", "64", "256", "2048"
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seconds", type=float, default=440)
+    options.add_argument("--steps", nargs="+", choices=SHARES, default=list(SHARES))
     args = options.parse_args()
     if not torch.cuda.is_available():
         say({"skipped": "torch finds no GPU here"})
         return
     say({"step": "environment", **environment()})
-    seconds = {name: share * args.seconds for name, share in SHARES.items()}
-    ids = collected("tests/formats/test_kernels_triton.py")
-    good = bool(ids)
-    if not ids:
-        say({"step": "kernels", "rc": None, "last": "no tests were collected"})
-    parts = [tests(ids[i::PARTS]) for i in range(PARTS) if ids[i::PARTS]]
-    good &= run("kernels", parts, seconds["kernels"])
-    good &= run("models", [tests(["tests/test_gpu.py"])], seconds["models"])
-    times = [sys.executable, "-m", "benchmarks.gpu", "--json", "--seconds", f"{0.8 * seconds['times']:.0f}"]
-    good &= run("times", [[*times, "--tokens", *TOKENS]], seconds["times"])
+    share = args.seconds / sum(SHARES[step] for step in args.steps)
+    good = True
+    if "tests" in args.steps:
+        parts = [ids[i :: PARTS[path]] for path in PARTS for ids in [collected(path)] for i in range(PARTS[path])]
+        good &= all(parts) or say({"step": "tests", "rc": None, "last": "a file has too few tests"})
+        good &= run("tests", [tests(ids) for ids in parts if ids], share * SHARES["tests"])
+    if "times" in args.steps:
+        seconds = share * SHARES["times"]
+        times = [sys.executable, "-m", "benchmarks.gpu", "--json", "--seconds", f"{0.8 * seconds:.0f}"]
+        good &= run("times", [[*times, "--tokens", *TOKENS]], seconds)
     sys.exit(0 if good else 1)
 
 
@@ -110,8 +111,10 @@ def with_gpu() -> dict[str, str]:
     return {"TRITON_INTERPRET": "0"} | dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def say(row: dict[str, object]) -> None:
+def say(row: dict[str, object]) -> bool:
+    """False: what is said where something is amiss."""
     print(json.dumps(row), flush=True)
+    return False
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ FEW = {
     "4 bits, ordered": _uniform(4, input_order=True, input_scales=False),
     "Q4_1": Affine(bits=4, group_size=32, symmetric=False),
 }
-FEWER = "7 bits", "6 bits", "5 bits", "2 bits"
+FEWER = "7 bits", "6 bits", "5 bits"
 MANY = {name: encoding for name, encoding in FEW.items() if name not in FEWER}
 DECODED = "4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits", "Q4_K", "4 bits, ordered"
 WIDE = "wide"
@@ -69,12 +69,11 @@ CASES: dict[str, tuple[MatrixEncoding, int]] = {
         f"{name}, 8 tokens": (FEW[name], 8)
         for name in ("4 bits", "3 bits", "SpQR, 3 bits", "trellis, 3 bits", "Q4_K", "4 bits, ordered")
     },
-    **{f"{name}, {n} tokens": (encoding, n) for n in (16, 256) for name, encoding in MANY.items()},
-    **{f"{name}, 64 tokens": (FEW[name], 64) for name in ("3 bits", "8 bits", "SpQR, 3 bits")},
+    **{f"{name}, {n} tokens": (encoding, n) for n in (16, 32) for name, encoding in MANY.items()},
+    **{f"{name}, 64 tokens": (FEW[name], 64) for name in ("4 bits", "2 bits")},
     **{
-        f"{name}, {n} tokens, {WIDE}": (FEW[name], n)
-        for n in (32, 256)
-        for name in ("3 bits", "8 bits", "SpQR, 3 bits", "NF4, double quantization")
+        f"{name}, 32 tokens, {WIDE}": (FEW[name], 32)
+        for name in ("4 bits", "3 bits", "8 bits", "SpQR, 3 bits", "NF4, double quantization")
     },
     **{f"{name}, decode": (FEW[name], 0) for name in DECODED},
     **{f"{name}, rows": (FEW[name], ROWS) for name in DECODED},
@@ -152,7 +151,7 @@ def check_row(limits: Limits, row: dict[str, Any]) -> None:
     if row["kernel"] == "multiply_rows" and n_tokens <= 2:
         wide = row["code_loads"] if n_tokens == 1 else 1
         limits.at_least(f"{name}: loads of codes of 16 bytes", row["wide_code_loads"], max(wide, 1))
-    if row["kernel"] == "multiply_tiles":
+    if row["kernel"] in ("multiply_tiles", "multiply_groups"):
         limits.at_least(f"{name}: tensor-core instructions", row["tensor_cores"], 1)
         limits.at_least(
             f"{name}: loads of codes of 16 bytes", row["wide_code_loads"], int(_has_wide_plane(row["case"]))

@@ -37,11 +37,11 @@ def forget():
 
 
 def test_candidates_are_few_smaller_than_the_first_and_all_different():
-    for n_tokens in (1, 8, 16, 512):
+    for n_tokens in (1, 8, 16, 64):
         first, *others = tuning.candidates(LAYOUT, n_tokens, 512)
         assert first == blocks_for(LAYOUT, n_tokens, 512)
         assert 2 <= len(others) <= 5 and len({first, *others}) == 1 + len(others)
-        assert (DECODED in others) == (n_tokens == 512)
+        assert (DECODED in others) == (n_tokens >= 16)
         for blocks in others:
             if blocks == DECODED:
                 continue
@@ -50,12 +50,10 @@ def test_candidates_are_few_smaller_than_the_first_and_all_different():
 
 
 def test_many_tokens_are_for_cublas_unless_tiles_are_found_faster():
-    assert tuning.choose(LAYOUT, 513, 512, GPU) == DECODED  # in the class of 1024
+    assert tuning.choose(LAYOUT, 65, 512, GPU) == DECODED  # in the class of 128
     first, tile = tuning.candidates(LAYOUT, 1024, 512)
     assert first == DECODED and tile.is_tile
     assert tuning.candidates(LAYOUT, 16, 512, has_tiles=False) == [DECODED]
-    head = tuning.candidates(LAYOUT, 2048, 1 << 20)  # a gigabyte as a plain matrix
-    assert DECODED not in head and head[0].is_tile
     tuning.tune(LAYOUT, 1024, 512, GPU, lambda blocks: 1.0 + (blocks == DECODED))
     assert tuning.choose(LAYOUT, 1000, 512, GPU) == tile
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape, TernaryDict, TernaryRans
 from formats.encoding.ternary_rans import LANES, SLOTS
+from formats.kernels.blocks import ceil_div
 from formats.kernels.triton_lanes import SYMBOLS, decode_lanes, fill_tables, multiply_lanes
 from formats.kernels.triton_phrases import decode_phrases, multiply_phrases
 from formats.kernels.triton_rows import add_splits
@@ -31,20 +32,20 @@ def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape)
     y = x.new_empty((n_tokens, n_outputs))
     options = _options(encoding, shape, exact=False)
     tokens = min(int(triton.next_power_of_2(n_tokens)), max(CODEWORDS))
-    groups = triton.cdiv(n_tokens, tokens)
+    groups = ceil_div(n_tokens, tokens)
     offsets = offsets_of(encoding, shape)
     if isinstance(encoding, TernaryDict):
         arguments = (x, section, _phrases(encoding, x.device), y, offsets, n_tokens, n_outputs)
         multiply_phrases[(n_outputs, groups)](*arguments, BLOCK_M=tokens, CODEWORDS=CODEWORDS[tokens], **options)
         return y
-    n_segments = triton.cdiv(shape[1], options["SEGMENT"])
+    n_segments = ceil_div(shape[1], options["SEGMENT"])
     sums = y if n_segments == 1 else x.new_empty((n_segments, n_tokens, n_outputs), dtype=torch.float32)
-    grid = triton.cdiv(n_outputs, LANES), n_segments, groups
+    grid = ceil_div(n_outputs, LANES), n_segments, groups
     multiply_lanes[grid](
         x, section, *_tables(section, offsets), sums, offsets, n_tokens, n_outputs, BLOCK_M=tokens, **options
     )
     if sums is not y:
-        add_splits[(triton.cdiv(y.numel(), SUMS),)](
+        add_splits[(ceil_div(y.numel(), SUMS),)](
             sums, y, y.numel(), SPLITS=n_segments, BLOCK=SUMS, enable_fp_fusion=True
         )
     return y
@@ -58,7 +59,7 @@ def decode(section: Tensor, ids: Tensor | None, encoding: MatrixEncoding, shape:
         table = _phrases(encoding, section.device)
         decode_phrases[(n_rows,)](section, table, by, weight, offsets, CODEWORDS=DECODED_CODEWORDS, **options)
     else:
-        grid = n_rows if ids is not None else triton.cdiv(n_rows, LANES), triton.cdiv(shape[1], options["SEGMENT"])
+        grid = n_rows if ids is not None else ceil_div(n_rows, LANES), ceil_div(shape[1], options["SEGMENT"])
         decode_lanes[grid](section, *_tables(section, offsets), by, weight, offsets, shape[0], **options)
 
 

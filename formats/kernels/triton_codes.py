@@ -11,7 +11,7 @@ from formats.kernels.layout import AFFINE as _AFFINE
 from formats.kernels.layout import BYTES as _BYTES
 from formats.kernels.layout import TABLE as _TABLE
 from formats.kernels.layout import TRELLIS as _TRELLIS
-from formats.kernels.triton_planes import bytes_of, code_at, codes_of, part, small_float
+from formats.kernels.triton_planes import bytes_of, code_at, code_floats, codes_of, part
 from formats.kernels.triton_statistics import groups_from, zeros_of
 
 BYTES = tl.constexpr(_BYTES)
@@ -101,15 +101,17 @@ def units_of(section, tables, offsets, rows, keep, first, L: tl.constexpr, BLOCK
         top = tl.multiple_of(tl.min(rows), rows.shape[0])
         units = trellis_units(section, tables, offsets, inputs, inputs < L.n_inputs, top, L, rows.shape[0], JOINED)
     else:
-        codes = codes_of(section, offsets, rows, keep, first, L, L.bits, 0, BLOCK_K, JOINED)
         if L.kind == TABLE:
+            codes = codes_of(section, offsets, rows, keep, first, L, L.bits, 0, BLOCK_K, JOINED)
             units = look_up(section, tables, offsets, codes, L)
         elif L.kind == AFFINE:
-            units = small_float(codes) - ((1 << (L.bits - 1)) if L.symmetric else 0)
+            units = code_floats(section, offsets, rows, keep, first, L, BLOCK_K, JOINED)
+            units -= (1 << (L.bits - 1)) if L.symmetric else 0
         else:
             groups = groups_from(section, offsets, first, L, BLOCK_K)
             zeros = zeros_of(section, offsets, rows[:, None], groups[None, :], keep[:, None], L)
-            spans = tl.reshape(small_float(codes), (rows.shape[0], SPANS, L.span)) - zeros[:, :, None]
+            codes = code_floats(section, offsets, rows, keep, first, L, BLOCK_K, JOINED)
+            spans = tl.reshape(codes, (rows.shape[0], SPANS, L.span)) - zeros[:, :, None]
             units = tl.reshape(spans, (rows.shape[0], BLOCK_K))
     return units
 

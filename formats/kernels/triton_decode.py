@@ -28,11 +28,11 @@ AFFINE = tl.constexpr(_AFFINE)
 
 
 @triton.jit
-def output_rows(ids, n_rows, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(rows of the result, rows of the weight: by their ids or the same, which of them exist)."""
+def output_rows(ids, first_row, n_rows, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rows of the result, rows of the weight: by their ids or from `first_row` on, which of them exist)."""
     to = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = to < n_rows
-    rows = tl.load(ids + to, mask=keep, other=0).to(tl.int32) if HAS_IDS else to
+    rows = tl.load(ids + to, mask=keep, other=0).to(tl.int32) if HAS_IDS else to + first_row
     return to.to(tl.int64), rows, keep
 
 
@@ -58,11 +58,12 @@ def weights_at(section, tables, offsets, rows, columns, keep, L: tl.constexpr):
 
 @triton.jit
 def decode_tiles(
-    section, tables, weight, offsets, n_rows, L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    section, tables, weight, offsets, first_row, n_rows, L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """All of the weight [out, in], without outliers and columns of values; grid: [out / BLOCK_N, in / BLOCK_K]."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    keep = rows < n_rows
+    """Rows [n_rows, in] of the weight from `first_row` on, a multiple of BLOCK_N, without outliers and columns of
+    values; grid: [n_rows / BLOCK_N, in / BLOCK_K]."""
+    to = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, keep = first_row + to, to < n_rows
     first = tl.program_id(1) * BLOCK_K
     inputs = first + tl.arange(0, BLOCK_K)
     inside = inputs < L.n_inputs
@@ -71,7 +72,7 @@ def decode_tiles(
     values = with_minima(values, section, offsets, rows, keep, first, L)
     if L.has_input_scales:
         values *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
-    at = weight + rows[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
+    at = weight + to[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
     tl.store(at, values.to(weight.dtype.element_ty), mask=keep[:, None] & inside[None, :])
 
 
@@ -81,7 +82,7 @@ def decode_rows(
     L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows of the weight by their ids, as `decode_tiles`; grid: [ids / BLOCK_N, in / BLOCK_K]."""
-    to, rows, keep = output_rows(ids, n_rows, True, BLOCK_N)
+    to, rows, keep = output_rows(ids, 0, n_rows, True, BLOCK_N)
     inputs = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = inputs < L.n_inputs
     there = keep[:, None] & inside[None, :]
@@ -97,13 +98,13 @@ def decode_rows(
     tl.store(weight + to[:, None] * L.n_inputs + inputs[None, :], values.to(weight.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one compilation for any number
+@triton.jit(do_not_specialize=["first_row", "n_rows"])  # one compilation for any numbers
 def decode_outliers(
-    section, tables, ids, weight, offsets, n_rows,
+    section, tables, ids, weight, offsets, first_row, n_rows,
     L: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Every weight [rows, in] that has an outlier, anew, with the outlier; grid: [rows / BLOCK_N]."""
-    to, rows, keep = output_rows(ids, n_rows, HAS_IDS, BLOCK_N)
+    """Every weight [n_rows, in] that has an outlier, anew, with the outlier; grid: [n_rows / BLOCK_N]."""
+    to, rows, keep = output_rows(ids, first_row, n_rows, HAS_IDS, BLOCK_N)
     first, stop = outlier_range(section, offsets, rows, keep, L)
     for start in range(0, tl.max(stop - first).to(tl.int32), BLOCK_K):
         at = first[:, None] + start + tl.arange(0, BLOCK_K)[None, :]
@@ -115,13 +116,13 @@ def decode_outliers(
         tl.store(weight + to[:, None] * L.n_inputs + columns, values.to(weight.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # one compilation for any number
+@triton.jit(do_not_specialize=["first_row", "n_rows"])  # one compilation for any numbers
 def decode_columns(
-    section, tables, ids, weight, offsets, n_rows,
+    section, tables, ids, weight, offsets, first_row, n_rows,
     L: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The inputs that have values of their own (SPEC 7.13); grid: [rows / BLOCK_N]."""
-    to, rows, keep = output_rows(ids, n_rows, HAS_IDS, BLOCK_N)
+    """The inputs that have values of their own (SPEC 7.13); grid: [n_rows / BLOCK_N]."""
+    to, rows, keep = output_rows(ids, first_row, n_rows, HAS_IDS, BLOCK_N)
     for start in range(0, L.n_columns, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K)
         there = keep[:, None] & (at < L.n_columns)[None, :]

@@ -9,26 +9,21 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from formats.encoding import MatrixEncoding, Shape
 from formats.kernels import ternary_launch
-from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks
-from formats.kernels.layout import constants, is_ternary, layout_of
+from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks, ceil_div
+from formats.kernels.launch import Launch
+from formats.kernels.layout import Layout, constants, is_ternary, layout_of
+from formats.kernels.product import DTYPES, SPARSE, product_launches
 from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
 from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
-from formats.kernels.triton_rows import add_splits, multiply_rows
-from formats.kernels.triton_tiles import add_sparse, multiply_tiles
 from formats.kernels.tuning import choose
 
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-"""Of activations, that kernels take."""
 AMPERE = 80
-SPARSE = 8, 8  # tokens or rows, and outputs or outliers of a row, at a time
 DECODED_TILE, DECODED_ROWS = (32, 256), (4, 256)  # rows and inputs
-SUMS = 1024
-FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes with its version
+DECODED_WEIGHTS = 1 << 24  # at a time
 
 
 def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
@@ -51,35 +46,25 @@ def multiply_with(
 ) -> Tensor:
     """As `multiply`, of at least one token and by a kernel of its own; blocks: others than those that are chosen."""
     layout, offsets = layout_of(encoding, shape)
-    n_tokens, n_outputs = len(x), shape[0]
-    is_sparse = layout.has_outliers or layout.n_columns > 0
-    blocks = blocks or choose(layout, n_tokens, n_outputs, x.device, has_tiles(x.dtype))
+    blocks = blocks or choose(layout, len(x), shape[0], x.device, has_tiles(x.dtype))
     if blocks == DECODED:
-        return x @ decode(section, encoding, shape, x.dtype).T
-    y = x.new_empty((n_tokens, n_outputs))
+        return _multiply_decoded(x, section, encoding, shape)
+    launches = product_launches(layout, offsets, (len(x), shape[0]), blocks, x.dtype, x.device)
+    y = x.new_empty((len(x), shape[0]))
     sums = y  # where one launch does it all
-    if blocks.splits > 1 or (is_sparse and blocks.is_tile):
-        sums = x.new_empty((blocks.splits, n_tokens, n_outputs), dtype=torch.float32)
-    arguments = (x, section, _constants(x.device), sums, offsets, n_tokens, n_outputs)
-    sizes: dict[str, Any] = {"L": layout, "BLOCK_M": blocks.tokens, "BLOCK_N": blocks.outputs, **FUSED}
-    options = {
-        "BLOCK_K": blocks.inputs,
-        "SPLITS": blocks.splits,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-    }
-    grid = triton.cdiv(n_outputs, blocks.outputs), blocks.splits
-    if not blocks.is_tile:
-        multiply_rows[grid](*arguments, **sizes, **options)
+    if launches.add_splits is not None:
+        sums = x.new_empty((blocks.splits, *y.shape), dtype=torch.float32)
+    tables = _constants(x.device)
+    if launches.arrange is None:
+        launches.multiply(x, section, tables, sums)
     else:
-        tiles = triton.cdiv(n_tokens, blocks.tokens), *grid
-        multiply_tiles[tiles](*arguments, **sizes, DOT=_dot_dtype(x.dtype), **options)
-        if is_sparse:
-            sizes |= {"BLOCK_M": SPARSE[0], "BLOCK_N": SPARSE[1]}
-            some = triton.cdiv(n_tokens, SPARSE[0]), triton.cdiv(n_outputs, SPARSE[1])
-            add_sparse[some](x, section, sums, offsets, n_tokens, n_outputs, **sizes)
-    if sums is not y:
-        add_splits[(triton.cdiv(y.numel(), SUMS),)](sums, y, y.numel(), SPLITS=blocks.splits, BLOCK=SUMS, **FUSED)
+        arranged, totals = x.new_empty(launches.arranged), x.new_empty(launches.totals, dtype=torch.float32)
+        launches.arrange(x, section, arranged, totals)
+        launches.multiply(arranged, totals, section, tables, sums)
+    if launches.add_sparse is not None:
+        launches.add_sparse(x, section, sums)
+    if launches.add_splits is not None:
+        launches.add_splits(sums, y)
     return y
 
 
@@ -93,11 +78,11 @@ def decode_rows(section: Tensor, rows: Tensor, encoding: MatrixEncoding, shape: 
     elif len(rows):
         layout, offsets = layout_of(encoding, shape)
         options = {"L": layout, "enable_fp_fusion": False}
-        arguments = (section, _constants(section.device), rows, weight, offsets, len(rows))
-        grid = triton.cdiv(len(rows), DECODED_ROWS[0]), triton.cdiv(shape[1], DECODED_ROWS[1])
+        arguments = (section, _constants(section.device), rows, weight, offsets)
+        grid = ceil_div(len(rows), DECODED_ROWS[0]), ceil_div(shape[1], DECODED_ROWS[1])
         with on_device_of(section):
-            decode_rows_by_id[grid](*arguments, **options, BLOCK_N=DECODED_ROWS[0], BLOCK_K=DECODED_ROWS[1])
-            _decode_sparse(arguments, options | {"HAS_IDS": True})
+            decode_rows_by_id[grid](*arguments, len(rows), **options, BLOCK_N=DECODED_ROWS[0], BLOCK_K=DECODED_ROWS[1])
+            _decode_sparse((*arguments, 0, len(rows)), options | {"HAS_IDS": True})
     return weight
 
 
@@ -108,29 +93,62 @@ def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch
         with on_device_of(section):
             ternary_launch.decode(section, None, encoding, shape, weight)
         return weight
-    layout, offsets = layout_of(encoding, shape)
-    constants = _constants(section.device)
-    rows, inputs = DECODED_TILE
-    if layout.has_order:
-        inputs //= 2  # a scale and a zero for each weight take registers
-    grid = triton.cdiv(shape[0], rows), triton.cdiv(shape[1], inputs)
-    exact = {"L": layout, "enable_fp_fusion": False}
     with on_device_of(section):
-        decode_tiles[grid](section, constants, weight, offsets, shape[0], **exact, BLOCK_N=rows, BLOCK_K=inputs)
-        _decode_sparse((section, constants, section, weight, offsets, shape[0]), exact | {"HAS_IDS": False})
+        _decode_from(0, weight, section, encoding, shape)
     return weight
+
+
+def _multiply_decoded(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
+    """By cuBLAS, with some of the outputs after the other: what is decoded takes little room, and stays in the cache of
+    a large GPU.
+    """
+    step = max(DECODED_WEIGHTS // shape[1] // DECODED_TILE[0], 1) * DECODED_TILE[0]
+    y = x.new_empty((len(x), shape[0]))
+    for first in range(0, shape[0], step):
+        part = y[:, first : first + step]
+        weight = x.new_empty((part.shape[1], shape[1]))
+        _decode_from(first, weight, section, encoding, shape)
+        torch.mm(x, weight.T, out=part)
+    return y
+
+
+def _decode_from(first_row: int, weight: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> None:
+    """Into weight [n, in]: n rows from `first_row` on, a multiple of a tile's."""
+    layout, offsets = layout_of(encoding, shape)
+    tables, rows = _constants(section.device), (first_row, len(weight))
+    _decoder(layout, offsets, rows, weight.dtype, section.device)(section, tables, weight)
+    if layout.has_outliers or layout.n_columns > 0:
+        exact = {"L": layout, "enable_fp_fusion": False, "HAS_IDS": False}
+        _decode_sparse((section, tables, section, weight, offsets, *rows), exact)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoder(
+    layout: Layout,
+    offsets: tuple[int, ...],
+    rows: tuple[int, int],  # the first, and how many
+    dtype: torch.dtype,  # what is compiled is for one, and for one device
+    device: torch.device,
+) -> Launch:
+    n_rows, n_inputs = DECODED_TILE
+    if layout.has_order:
+        n_inputs //= 2  # a scale and a zero for each weight take registers
+    grid = ceil_div(rows[1], n_rows), ceil_div(layout.n_inputs, n_inputs)
+    sizes = {"BLOCK_N": n_rows, "BLOCK_K": n_inputs}
+    return Launch(decode_tiles, grid, (offsets, *rows), L=layout, enable_fp_fusion=False, **sizes)
 
 
 def _decode_sparse(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """What is stored beside the codes, into what is decoded already; the last argument is its number of rows."""
-    layout, grid = options["L"], (triton.cdiv(arguments[-1], SPARSE[0]),)
+    layout, grid = options["L"], (ceil_div(arguments[-1], SPARSE[0]),)
     for kernel in [decode_outliers] * layout.has_outliers + [decode_columns] * bool(layout.n_columns):
         kernel[grid](*arguments, **options, BLOCK_N=SPARSE[0], BLOCK_K=SPARSE[1])
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever the tensors are."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    is_elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if is_elsewhere else nullcontext()
 
 
 def has_tiles(dtype: torch.dtype) -> bool:
@@ -140,14 +158,13 @@ def has_tiles(dtype: torch.dtype) -> bool:
     """
     if triton.knobs.runtime.interpret:
         return True
-    return dtype != torch.float32 and bool(triton.runtime.driver.active.get_current_target().arch >= AMPERE)
+    return dtype != torch.float32 and _capability(triton.runtime.driver.active.get_current_device()) >= AMPERE
 
 
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """That of the activations; the interpreter would multiply the bits of bfloat16 as integers."""
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return tl.float32
-    return DTYPES[dtype]
+@functools.cache
+def _capability(device: int) -> int:
+    """Of the current device, which has this number."""
+    return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 @functools.cache

@@ -54,6 +54,41 @@ def fields(
 
 
 @triton.jit
+def field_floats(
+    section,
+    offset,
+    rows,
+    keep,
+    first,
+    WIDTH: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    JOINED: tl.constexpr,
+):
+    """As `fields`, as float32. Where a field ends at most 23 bits high in its word, it stays where it is: under the
+    exponent that makes its lowest bit count one.
+    """
+    packed = words_of(section, offset, rows, keep, first, WIDTH, L, BLOCK_K)
+    at = WIDTH * tl.arange(0, 32 // WIDTH)
+    down = tl.where(at + WIDTH > 23, 16, 0)
+    at -= down
+    mask, exponent = ((1 << WIDTH) - 1) << at, (150 - at) << 23
+    exponent *= (offset >= 0).to(tl.uint32)
+    if JOINED:
+        spread = packed
+        for half in tl.static_range(5):
+            if (16 >> half) >= WIDTH:
+                spread = tl.join(spread, spread)
+        spread = tl.reshape(spread, (packed.shape[0], packed.shape[1], 32 // WIDTH))
+    else:
+        spread = packed[:, :, None]
+    spread = (spread >> down[None, None, :]) & mask[None, None, :]
+    base = exponent.to(tl.float32, bitcast=True)
+    found = (spread | exponent[None, None, :]).to(tl.float32, bitcast=True) - base[None, None, :]
+    return tl.reshape(found, (rows.shape[0], BLOCK_K))
+
+
+@triton.jit
 def codes_of(
     section, offsets, rows, keep, first,
     L: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr,
@@ -72,6 +107,16 @@ def codes_of(
     if BITS % 2 == 1:
         found = fields(section, offsets[FIRST + N_8 + N_4 + N_2], rows, keep, first, 1, L, BLOCK_K, JOINED)
         codes |= found << (4 * N_4 + 2 * N_2)
+    return codes
+
+
+@triton.jit
+def code_floats(section, offsets, rows, keep, first, L: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr):
+    """BLOCK_K codes of every row from input `first` on, as float32."""
+    if L.bits == 8 or L.bits == 4 or L.bits == 2:
+        codes = field_floats(section, offsets[0], rows, keep, first, L.bits, L, BLOCK_K, JOINED)
+    else:
+        codes = small_float(codes_of(section, offsets, rows, keep, first, L, L.bits, 0, BLOCK_K, JOINED))
     return codes
 
 

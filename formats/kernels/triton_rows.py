@@ -10,7 +10,7 @@ import triton.language as tl
 
 from formats.kernels.layout import UNIFORM as _UNIFORM
 from formats.kernels.triton_codes import outlier_range, outliers_at, units_of
-from formats.kernels.triton_planes import fields, part, small_float
+from formats.kernels.triton_planes import field_floats, part
 from formats.kernels.triton_statistics import groups_from, input_scales_of, minima_of, scales_of, zeros_of
 
 UNIFORM = tl.constexpr(_UNIFORM)
@@ -40,9 +40,9 @@ def plane_products(
     section, offset, rows, keep, first, values, zeros, WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """The share of one plane; `zeros` are taken off by the first of them."""
-    found = small_float(fields(section, offset, rows, keep, first, WIDTH, L, BLOCK_K, False))
+    found = field_floats(section, offset, rows, keep, first, WIDTH, L, BLOCK_K, False)
     spans = tl.reshape(found, (rows.shape[0], BLOCK_K // L.span, L.span))
-    return products(spans - zeros[:, :, None], values)
+    return products(spans, values) - zeros[None, :, :] * tl.sum(values, axis=3)
 
 
 @triton.jit

@@ -6,9 +6,38 @@ Weights are rounded to the activations' dtype, as a plain matrix of that dtype w
 import triton
 import triton.language as tl
 
+from formats.kernels.layout import UNIFORM as _UNIFORM
 from formats.kernels.triton_codes import units_of
+from formats.kernels.triton_planes import code_floats
 from formats.kernels.triton_rows import sparse_products
-from formats.kernels.triton_statistics import input_scales_of, scaled, scales_from, with_minima
+from formats.kernels.triton_statistics import (
+    groups_from,
+    input_scales_of,
+    scaled,
+    scales_from,
+    with_minima,
+    zeros_of,
+)
+
+UNIFORM = tl.constexpr(_UNIFORM)
+
+
+@triton.jit
+def tile_of(section, tables, offsets, rows, keep, first, scales, L: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K inputs of the weight from `first` on, neither outliers nor input scales counted in: one fused operation
+    takes a code to its weight, where the reference rounds the difference to its zero first.  -> [BLOCK_N, BLOCK_K] f32
+    """
+    if L.kind == UNIFORM:
+        codes = code_floats(section, offsets, rows, keep, first, L, BLOCK_K, True)
+        groups = groups_from(section, offsets, first, L, BLOCK_K)
+        zeros = zeros_of(section, offsets, rows[:, None], groups[None, :], keep[:, None], L)
+        spans = tl.reshape(codes, (rows.shape[0], BLOCK_K // L.span, L.span))
+        spans = spans * scales[:, :, None] - (zeros * scales)[:, :, None]
+        weights = tl.reshape(spans, codes.shape)
+    else:
+        weights = scaled(units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, True), scales, L)
+        weights = with_minima(weights, section, offsets, rows, keep, first, L)
+    return weights
 
 
 @triton.jit(do_not_specialize=["n_tokens"])  # one compilation for any number
@@ -31,8 +60,7 @@ def multiply_tiles(
         following = scales_from(section, tables, offsets, rows, keep, first + SPLITS * BLOCK_K, L, BLOCK_K)
         at = tokens[:, None].to(tl.int64) * L.n_inputs + inputs[None, :]
         values = tl.load(x + at, mask=(tokens < n_tokens)[:, None] & inside[None, :], other=0.0)
-        weights = scaled(units_of(section, tables, offsets, rows, keep, first, L, BLOCK_K, True), scales, L)
-        weights = with_minima(weights, section, offsets, rows, keep, first, L)
+        weights = tile_of(section, tables, offsets, rows, keep, first, scales, L, BLOCK_K)
         if L.has_input_scales:
             weights *= input_scales_of(section, offsets, inputs, inside, L)[None, :]
         weights = tl.trans(weights.to(values.dtype)).to(DOT)

@@ -21,19 +21,19 @@ from formats.kernels.blocks import (
     DECODED,
     LEAST_INPUTS,
     LEAST_OF_TENSOR_CORES,
-    MOST_DECODED,
     MOST_SPLITS,
     Blocks,
     blocks_for,
+    ceil_div,
     tile_for,
 )
 from formats.kernels.layout import TRELLIS, Layout
 
 LARGEST_CLASS = 4096
 CLASSES = [1 << power for power in range(LARGEST_CLASS.bit_length())]
-DECODED_TRIED_FROM = 256
+DECODED_TRIED_FROM = 16
 """So many tokens; from `DECODED_FROM` on it is what is taken untried."""
-VERSION = 3
+VERSION = 4
 """Of the kernels: raised when they change so that old timings mislead."""
 
 
@@ -51,7 +51,7 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = 
     first = blocks_for(layout, n_tokens, n_outputs, has_tiles)
     if first == DECODED:
         return [DECODED, *([tile_for(layout, n_tokens, n_outputs)] if has_tiles else [])]
-    most = min(triton.cdiv(layout.n_inputs, first.inputs), MOST_SPLITS)
+    most = min(ceil_div(layout.n_inputs, first.inputs), MOST_SPLITS)
     least_outputs = WORD_BITS if layout.kind == TRELLIS else LEAST_OF_TENSOR_CORES if first.is_tile else 1
     tried = [
         first,
@@ -60,8 +60,7 @@ def candidates(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = 
         replace(first, outputs=max(first.outputs // 2, least_outputs)),
         replace(first, inputs=max(first.inputs // 2, LEAST_INPUTS)),
     ]
-    is_small = n_outputs * layout.n_inputs <= MOST_DECODED
-    return list(dict.fromkeys([*tried, *([DECODED] if n_tokens >= DECODED_TRIED_FROM and is_small else [])]))
+    return list(dict.fromkeys([*tried, *([DECODED] if n_tokens >= DECODED_TRIED_FROM else [])]))
 
 
 @functools.lru_cache(maxsize=4096)

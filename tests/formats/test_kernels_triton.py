@@ -31,7 +31,7 @@ from formats.section import pack
 
 pytest.importorskip("triton", reason="the GPU kernels need triton: pip install 'qtool[cuda]'")
 from formats.kernels import triton_launch as kernels  # it imports triton
-from formats.kernels.blocks import FEW_TOKENS, TILES_FROM, blocks_for
+from formats.kernels.blocks import DECODED, FEW_TOKENS, TILES_FROM, blocks_for, by_groups
 from formats.kernels.tuning import candidates
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
@@ -228,6 +228,56 @@ def test_small_whole_numbers_come_out_exactly_one_part_at_a_time(part, m, monkey
         assert torch.equal(Packed(layer).multiply(x), want)
 
 
+GROUPED = {
+    "codes": {},
+    "scales": {"scales": (counts(7, 37, 4) - 3).astype(np.float16)},
+    "zeros": {"zeros": counts(4, 37, 4).astype(np.uint8)},
+    "symmetric": {"zeros": None},
+    "input scales": {"input_scales": (2.0 ** (counts(3, 203) - 1)).astype(np.float16)},
+    "outliers": {"outliers": in_row(37, 35, range(1, 200, 7))},
+}
+
+
+@pytest.mark.parametrize("m", [3, 16, 40])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("part", GROUPED)
+def test_small_whole_numbers_come_out_of_groups_exactly(part, bits, m, monkeypatch):
+    """By the kernel that gives codes of groups of 64 to the tensor cores as they are."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "has_tiles", lambda dtype: True)
+    plain = {"codes": counts(2**bits, 37, 203).astype(np.uint8), "zeros": np.zeros((37, 4), np.uint8)}
+    plain["scales"] = np.ones((37, 4), np.float16)
+    layer = QuantizedLinear(bits=bits, group_size=64, **(plain | GROUPED[part]))
+    if layer.outliers is not None:
+        whole_values = np.arange(len(layer.outliers.values)).astype(np.float16) - 9
+        layer = replace(layer, outliers=replace(layer.outliers, values=whole_values))
+    layout = layout_of(encoding_of(layer), layer.shape)[0]
+    assert by_groups(layout, blocks_for(layout, m, 37), torch.bfloat16)
+    assert by_groups(layout, blocks_for(layout, m, 37), torch.float16) == (part != "input scales")
+    x = torch.from_numpy((counts(5, m, 203) - 2).astype(np.float32)) / 4  # sums stay below what float16 counts
+    want = x @ torch.from_numpy(layer.dequantize()).T
+    assert want.abs().max() > 0
+    for dtype in (torch.float16, torch.bfloat16):
+        got = Packed(layer).multiply(x.to(dtype))
+        if DEVICE == "cpu" and dtype == torch.bfloat16:  # cut off there, not rounded
+            assert ((got.float() - want).abs() <= HALF_UNIT[dtype] * want.abs()).all()
+        else:
+            assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["uniform 3 bits", "outliers", "int8 with columns", "trellis 3 bits", "affine 4 bits"])
+def test_what_is_decoded_in_parts_gives_what_the_whole_does(name, monkeypatch):
+    layer = ENCODINGS[name](150, 203)
+    x = activations(5, 203, torch.float32).to(DEVICE)
+    packed, products = Packed(layer), []
+    for n_weights in (1 << 24, 64 * 203, 1):  # one part, three, and five of a tile's rows
+        monkeypatch.setattr(kernels, "DECODED_WEIGHTS", n_weights)
+        products.append(kernels.multiply_with(x, packed.section, packed.encoding, layer.shape, DECODED).cpu())
+    assert torch.allclose(products[0], x.cpu() @ torch.from_numpy(layer.dequantize()).T, rtol=1e-4, atol=1e-4)
+    for product in products[1:]:
+        torch.testing.assert_close(product, products[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_ternary_rows_of_several_segments(scaled, monkeypatch):
     monkeypatch.setattr("formats.kernels.ternary.LANE_BITS", 20)
@@ -277,11 +327,11 @@ def test_a_matrix_of_more_inputs_than_16_bits_count_has_wide_columns():
 
 
 @pytest.mark.parametrize("m", [1, 8, 17])
-@pytest.mark.parametrize("name", ["uniform 3 bits", "outliers, two levels", "trellis 3 bits"])
+@pytest.mark.parametrize("name", ["uniform 3 bits", "uniform 4 bits", "outliers, two levels", "trellis 3 bits"])
 def test_whichever_blocks_are_tried_give_the_same(name, m):
     layer = ENCODINGS[name](70, 1100)
     packed, x = Packed(layer), torch.linspace(-1, 1, m * 1100).view(m, 1100)
-    dtype, within = (torch.float32, 1e-4) if DEVICE == "cpu" else (torch.float16, 2e-3)  # tiles are for 16 bits there
+    dtype, within = torch.float16, 2e-3  # tiles are for 16 bits
     tried = candidates(layout_of(encoding_of(layer), layer.shape)[0], m, 70)
     assert len(tried) >= 2
     x = (x / float(np.abs(layer.dequantize()).max())).to(dtype)  # nothing overflows fp16
