@@ -25,12 +25,13 @@ class Launch:
         self._rest: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor) -> None:
-        are_aligned = not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
-        if self._again is not None and are_aligned:
+        # On the CPU they are interpreted, or compiled for a GPU that is not there.
+        may_keep = tensors[0].is_cuda and not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
+        if self._again is not None and may_keep:
             self._again(*tensors, *self._rest)
             return
         compiled = self._first(*tensors, *self._numbers, **self._options)
-        if compiled is not None and are_aligned and tensors[0].is_cuda:  # else interpreted, or for a GPU not there
+        if compiled is not None and may_keep:
             constants = self._names[len(tensors) + len(self._numbers) :]
             self._rest = *self._numbers, *(self._options[name] for name in constants)
             self._again = compiled[self._grid]
