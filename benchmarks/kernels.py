@@ -61,7 +61,7 @@ FEW = {
 FEWER = "7 bits", "6 bits", "5 bits"
 MANY = {name: encoding for name, encoding in FEW.items() if name not in FEWER}
 DECODED = "4 bits", "SpQR, 3 bits", "int8, 64 columns", "trellis, 3 bits", "Q4_K", "4 bits, ordered"
-WIDE = "wide"
+WIDE, FLOAT16, TILE = "wide", "float16", "by tiles"  # how a case's name ends; the last: as `qtool warm` tries it
 CASES: dict[str, tuple[MatrixEncoding, int]] = {
     **{f"{name}, 1 token": (encoding, 1) for name, encoding in FEW.items()},
     **{f"{name}, 2 tokens": (FEW[name], 2) for name in ("3 bits", "7 bits", "SpQR, 3 bits")},
@@ -74,6 +74,11 @@ CASES: dict[str, tuple[MatrixEncoding, int]] = {
     **{
         f"{name}, 32 tokens, {WIDE}": (FEW[name], 32)
         for name in ("4 bits", "3 bits", "8 bits", "SpQR, 3 bits", "NF4, double quantization")
+    },
+    f"4 bits, 16 tokens, {FLOAT16}": (FEW["4 bits"], 16),
+    **{
+        f"{name}, 256 tokens, {TILE}": (FEW[name], 256)
+        for name in ("4 bits", "3 bits", "8 bits", "SpQR, 3 bits", "NF4, double quantization", "Q6_K")
     },
     **{f"{name}, decode": (FEW[name], 0) for name in DECODED},
     **{f"{name}, rows": (FEW[name], ROWS) for name in DECODED},
@@ -93,12 +98,14 @@ def compile_case(name: str, capability: int) -> list[dict[str, Any]]:
 
     from benchmarks.aot import compiling_for
     from formats.kernels import triton_launch
+    from formats.kernels.blocks import tile_for
+    from formats.kernels.layout import layout_of
 
     torch.set_num_threads(1)
     encoding, n_tokens = CASES[name]
     shape = ODD_SHAPE if n_tokens == ODD else WIDE_SHAPE if name.endswith(WIDE) else SHAPE
     section = torch.empty(encoding.section_bytes(shape), dtype=torch.uint8)
-    dtype = torch.float16 if capability < 80 else torch.bfloat16
+    dtype = torch.float16 if capability < 80 or name.endswith(FLOAT16) else torch.bfloat16
     with compiling_for(capability) as compiled:
         if n_tokens == 0:
             triton_launch.decode(section, encoding, shape, dtype)
@@ -106,7 +113,12 @@ def compile_case(name: str, capability: int) -> list[dict[str, Any]]:
             triton_launch.decode_rows(section, torch.zeros(8, dtype=torch.int64), encoding, shape)
         else:
             tokens = torch.empty((max(n_tokens, 1), shape[1]), dtype=dtype)
-            triton_launch.multiply(tokens, section, encoding, shape)
+            is_tile = name.endswith(TILE) and triton_launch.has_tiles(dtype)
+            blocks = tile_for(layout_of(encoding, shape)[0], n_tokens, shape[0]) if is_tile else None
+            if blocks is None:
+                triton_launch.multiply(tokens, section, encoding, shape)
+            else:
+                triton_launch.multiply_with(tokens, section, encoding, shape, blocks)
     return [{"case": name, "sm": capability} | asdict(each) for each in compiled]
 
 

@@ -21,9 +21,8 @@ LEAST_OF_TENSOR_CORES = 16
 MOST_TOKENS = 128
 PROGRAMS = 128
 """Wanted at least: about one for each multiprocessor of a large GPU."""
-TILE_PROGRAMS = 256
-"""Of what waits at every step, as groups and paths do (tiles: twice as many): so that a multiprocessor has another to
-go on with."""
+TILE_PROGRAMS = 512
+"""Of tiles, which wait at every step: so that a multiprocessor has another to go on with."""
 SUMS_BYTES = 1 << 22
 """At most, of all splits: they are read back from the cache."""
 MOST_SPLITS = 16
@@ -62,12 +61,18 @@ def ceil_div(n: int, size: int) -> int:
 
 def blocks_for(layout: Layout, n_tokens: int, n_outputs: int, has_tiles: bool = True) -> Blocks:
     """The blocks for a shape: wide ones, as long as there are programs enough, and inputs split where there are not."""
-    floats_from = DECODED_FROM_ORDERED if layout.has_order else DECODED_FROM_FLOATS
-    decoded_from = DECODED_FROM if has_whole_codes(layout) else floats_from
-    if n_tokens >= (decoded_from if has_tiles else FEW_TOKENS + 1):
+    if n_tokens >= _decoded_from(layout, has_tiles):
         return DECODED
     by_tiles = has_tiles and n_tokens >= TILES_FROM
     return (tile_for if by_tiles else _rows)(layout, n_tokens, n_outputs)
+
+
+def _decoded_from(layout: Layout, has_tiles: bool) -> int:
+    if not has_tiles:
+        return FEW_TOKENS + 1
+    if layout.has_order:
+        return DECODED_FROM_ORDERED
+    return DECODED_FROM if has_whole_codes(layout) else DECODED_FROM_FLOATS
 
 
 def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
@@ -75,7 +80,7 @@ def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
     outputs, inputs, warps, wanted = 8, 1024 if tokens < 4 else 512, 4, PROGRAMS
     if layout.kind == TRELLIS:
         outputs, inputs = (128, 32) if tokens < 4 else (32, 64)  # 128: 16 bytes of an input's path
-        wanted = TILE_PROGRAMS
+        wanted *= 2  # they wait at every step
     elif layout.kind == BYTES:
         inputs //= 2  # more spills on Turing
     elif layout.has_order:
@@ -88,21 +93,21 @@ def _rows(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
 
 def tile_for(layout: Layout, n_tokens: int, n_outputs: int) -> Blocks:
     """The blocks of the kernels by tiles and by groups."""
-    tokens = min(max(triton.next_power_of_2(n_tokens), LEAST_OF_TENSOR_CORES), MOST_TOKENS)
-    programs = ceil_div(n_tokens, tokens)
-    if has_whole_codes(layout):
-        outputs, warps = MOST_TOKENS if tokens < 32 else 64, 8 if tokens >= 64 else 4  # else they spill
-        blocks = Blocks(tokens, outputs, _inputs_of_group(layout), 1, warps, 3)
-        return _split(layout, n_outputs, blocks, programs, TILE_PROGRAMS)
+    is_whole = has_whole_codes(layout)
+    most = MOST_TOKENS // 2 if is_whole else MOST_TOKENS  # sums of a group, beside those of all
+    tokens = min(max(triton.next_power_of_2(n_tokens), LEAST_OF_TENSOR_CORES), most)
     outputs = MOST_TOKENS if tokens == MOST_TOKENS else 32 if layout.scales == PRODUCTS else 64
     inputs, warps = TILE_WEIGHTS // outputs, 8 if tokens >= (32 if layout.scales == DOUBLE_QUANT else 64) else 4
     if layout.scales == TWO_LEVEL and tokens > LEAST_OF_TENSOR_CORES:
         inputs //= 2  # statistics of its groups take registers, and room in shared memory
     if layout.has_order:
         inputs //= 4
-    stages = 2 if layout.scales == TWO_LEVEL and tokens == MOST_TOKENS else 3  # 3 spill on Blackwell
+    elif is_whole:
+        inputs = min(inputs, _inputs_of_group(layout))
+    spills = layout.bits == 2 if is_whole else layout.scales == TWO_LEVEL and tokens == MOST_TOKENS
+    stages = 2 if spills else 3  # 3 do on Blackwell
     blocks = Blocks(tokens, outputs, inputs, 1, warps, stages)
-    return _split(layout, n_outputs, blocks, programs, 2 * TILE_PROGRAMS)
+    return _split(layout, n_outputs, blocks, ceil_div(n_tokens, tokens), TILE_PROGRAMS)
 
 
 def has_whole_codes(layout: Layout) -> bool:

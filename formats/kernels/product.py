@@ -24,6 +24,8 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 SPARSE = 8, 8  # tokens or rows, and outputs or outliers of a row, at a time
 ARRANGED_TOKENS = 4
 SUMS = 1024
+KEPT = 1 << 16
+"""Launches: a large model has hundreds of layers, and each its numbers of tokens, or parts that are decoded."""
 FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes with its version
 
 
@@ -38,7 +40,7 @@ class ProductLaunches(NamedTuple):
     add_splits: Launch | None  # to the result; without it the first wrote that
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=KEPT)
 def product_launches(
     layout: Layout,
     offsets: tuple[int, ...],

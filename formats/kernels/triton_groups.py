@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from formats.kernels.layout import AFFINE as _AFFINE
-from formats.kernels.triton_planes import words_of
+from formats.kernels.triton_planes import in_a_register, spread_words, words_of
 from formats.kernels.triton_statistics import input_scales_of, minima_of, scales_of, zeros_of
 
 AFFINE = tl.constexpr(_AFFINE)
@@ -53,15 +53,10 @@ def raised_codes(
     MASK: tl.constexpr = (((1 << L.bits) - 1) << PLACE) * 0x10001
     EXPONENT: tl.constexpr = ((BIAS + L.bits) << MANTISSA) * 0x10001
     packed = words_of(section, offset, rows, keep, first, L.bits, L, BLOCK_K)
-    spread = packed
-    for half in tl.static_range(4):  # a word's codes stay with the thread that has the word
-        if (8 >> half) >= L.bits:
-            spread = tl.join(spread, spread)
-    spread = tl.reshape(spread, (packed.shape[0], packed.shape[1], 16 // L.bits))
+    spread = spread_words(packed, 16 // L.bits, True)
     down = (L.bits * tl.arange(0, 16 // L.bits) - PLACE)[None, None, :]
     spread = (spread >> tl.maximum(down, 0)) << tl.maximum(-down, 0)
-    exponent = tl.where(offset >= 0, EXPONENT, 0).to(tl.uint32)  # always so: a register that no constant replaces
-    pairs = (spread & MASK) | exponent
+    pairs = (spread & MASK) | in_a_register(tl.full((1,), EXPONENT, tl.uint32)[:, None, None], offset)
     low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
     return tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K)).to(DTYPE, bitcast=True)
 

@@ -16,7 +16,7 @@ from formats.kernels import ternary_launch
 from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks, ceil_div
 from formats.kernels.launch import Launch
 from formats.kernels.layout import Layout, constants, is_ternary, layout_of
-from formats.kernels.product import DTYPES, SPARSE, product_launches
+from formats.kernels.product import DTYPES, KEPT, SPARSE, product_launches
 from formats.kernels.triton_decode import decode_columns, decode_outliers, decode_tiles
 from formats.kernels.triton_decode import decode_rows as decode_rows_by_id
 from formats.kernels.tuning import choose
@@ -89,12 +89,11 @@ def decode_rows(section: Tensor, rows: Tensor, encoding: MatrixEncoding, shape: 
 def decode(section: Tensor, encoding: MatrixEncoding, shape: Shape, dtype: torch.dtype) -> Tensor:
     """See `Kernels`."""
     weight = torch.empty(shape, dtype=dtype, device=section.device)
-    if is_ternary(encoding):
-        with on_device_of(section):
-            ternary_launch.decode(section, None, encoding, shape, weight)
-        return weight
     with on_device_of(section):
-        _decode_from(0, weight, section, encoding, shape)
+        if is_ternary(encoding):
+            ternary_launch.decode(section, None, encoding, shape, weight)
+        else:
+            _decode_from(0, weight, section, encoding, shape)
     return weight
 
 
@@ -103,12 +102,11 @@ def _multiply_decoded(x: Tensor, section: Tensor, encoding: MatrixEncoding, shap
     a large GPU.
     """
     step = max(DECODED_WEIGHTS // shape[1] // DECODED_TILE[0], 1) * DECODED_TILE[0]
-    y = x.new_empty((len(x), shape[0]))
-    for first in range(0, shape[0], step):
-        part = y[:, first : first + step]
-        weight = x.new_empty((part.shape[1], shape[1]))
-        _decode_from(first, weight, section, encoding, shape)
-        torch.mm(x, weight.T, out=part)
+    y, weight = x.new_empty((len(x), shape[0])), x.new_empty((min(step, shape[0]), shape[1]))
+    for first, part in zip(range(0, shape[0], step), y.split(step, dim=1), strict=True):
+        decoded = weight[: part.shape[1]]
+        _decode_from(first, decoded, section, encoding, shape)
+        torch.mm(x, decoded.T, out=part)
     return y
 
 
@@ -122,7 +120,7 @@ def _decode_from(first_row: int, weight: Tensor, section: Tensor, encoding: Matr
         _decode_sparse((section, tables, section, weight, offsets, *rows), exact)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=KEPT)
 def _decoder(
     layout: Layout,
     offsets: tuple[int, ...],

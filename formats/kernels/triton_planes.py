@@ -33,38 +33,46 @@ def words_of(section, offset, rows, keep, first, WIDTH: tl.constexpr, L: tl.cons
 
 
 @triton.jit
+def spread_words(packed, TIMES: tl.constexpr, JOINED: tl.constexpr):
+    """Every word [BLOCK_N, words] so many times, a power of two.  -> [BLOCK_N, words, TIMES], or 1 to be broadcast
+
+    JOINED: all of them stay with the thread that has the word, else they are spread over a warp.
+    """
+    if JOINED:
+        spread = packed
+        for half in tl.static_range(5):
+            if (1 << half) < TIMES:
+                spread = tl.join(spread, spread)
+        spread = tl.reshape(spread, (packed.shape[0], packed.shape[1], TIMES))
+    else:
+        spread = packed[:, :, None]
+    return spread
+
+
+@triton.jit
+def in_a_register(numbers, offset):
+    """`numbers` as they are, but unknown when it is compiled, as no offset is negative: an operation takes one constant
+    at most, and a second would be moved to a register each time."""
+    return numbers * (offset >= 0).to(tl.uint32)
+
+
+@triton.jit
 def fields(
     section, offset, rows, keep, first,
     WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K fields of a plane of codes from input `first`, which begins a word.  -> [BLOCK_N, BLOCK_K] u32
-
-    JOINED: a word's fields stay with the thread that has the word, else they are spread over a warp.
-    """
+    """BLOCK_K fields of a plane of codes from input `first`, which begins a word.  -> [BLOCK_N, BLOCK_K] u32"""
     packed = words_of(section, offset, rows, keep, first, WIDTH, L, BLOCK_K)
-    if JOINED:
-        spread = packed
-        for half in tl.static_range(5):
-            if (16 >> half) >= WIDTH:
-                spread = tl.join(spread, spread >> (16 >> half))
-    else:
-        shifts = WIDTH * tl.arange(0, 32 // WIDTH)
-        spread = packed[:, :, None] >> shifts[None, None, :]
+    shifts = WIDTH * tl.arange(0, 32 // WIDTH)
+    spread = spread_words(packed, 32 // WIDTH, JOINED) >> shifts[None, None, :]
     return tl.reshape(spread & ((1 << WIDTH) - 1), (rows.shape[0], BLOCK_K))
 
 
 @triton.jit
 def field_floats(
-    section,
-    offset,
-    rows,
-    keep,
-    first,
-    WIDTH: tl.constexpr,
-    L: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    JOINED: tl.constexpr,
-):
+    section, offset, rows, keep, first,
+    WIDTH: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, JOINED: tl.constexpr,
+):  # fmt: skip
     """As `fields`, as float32. Where a field ends at most 23 bits high in its word, it stays where it is: under the
     exponent that makes its lowest bit count one.
     """
@@ -72,16 +80,8 @@ def field_floats(
     at = WIDTH * tl.arange(0, 32 // WIDTH)
     down = tl.where(at + WIDTH > 23, 16, 0)
     at -= down
-    mask, exponent = ((1 << WIDTH) - 1) << at, (150 - at) << 23
-    exponent *= (offset >= 0).to(tl.uint32)
-    if JOINED:
-        spread = packed
-        for half in tl.static_range(5):
-            if (16 >> half) >= WIDTH:
-                spread = tl.join(spread, spread)
-        spread = tl.reshape(spread, (packed.shape[0], packed.shape[1], 32 // WIDTH))
-    else:
-        spread = packed[:, :, None]
+    mask, exponent = ((1 << WIDTH) - 1) << at, in_a_register((150 - at) << 23, offset)
+    spread = spread_words(packed, 32 // WIDTH, JOINED)
     spread = (spread >> down[None, None, :]) & mask[None, None, :]
     base = exponent.to(tl.float32, bitcast=True)
     found = (spread | exponent[None, None, :]).to(tl.float32, bitcast=True) - base[None, None, :]
