@@ -54,6 +54,7 @@ def test_many_tokens_are_for_cublas_unless_tiles_are_found_faster():
     first, tile = tuning.candidates(LAYOUT, 1024, 512)
     assert first == DECODED and tile.is_tile
     assert tuning.candidates(LAYOUT, 16, 512, has_tiles=False) == [DECODED]
+    assert tuning.candidates(LAYOUT, 2048, 1 << 20)[0] == DECODED  # whatever the size: a part after the other
     tuning.tune(LAYOUT, 1024, 512, GPU, lambda blocks: 1.0 + (blocks == DECODED))
     assert tuning.choose(LAYOUT, 1000, 512, GPU) == tile
 
