@@ -4,8 +4,8 @@
 
 Percent of the memory limit is the least that a product must move (section, activations, result) by the time it took,
 over what copying a gigabyte on the same GPU in the same run reaches. Times are of a CUDA graph of calls, each with the
-next of so many copies of its weight that none is still in the cache; "from Python" is a call without a graph. With
---warm, what `qtool warm` tries is tried, and the fastest counts.
+next of up to 64 copies of its weight, so that a large one is no longer in the cache; "from Python" is a call without a
+graph. With --warm, what `qtool warm` tries is tried, and the fastest counts (from Python: the first).
 """
 
 from __future__ import annotations
@@ -93,21 +93,15 @@ def measure(shape: Shape, n_tokens: int, bytes_per_second: float, warm: bool) ->
     dense = [functools.partial(torch.matmul, x, weight.T) for weight in plain]
     dense_took, found = milliseconds(dense), []
     for name, encoding, section in sections(shape):
-        ways = [products(x, copies(section), encoding, shape, blocks) for blocks in tried(encoding, x, shape, warm)]
+        cold = copies(section)
+        ways = [products(x, cold, encoding, shape, blocks) for blocks in tried(encoding, x, shape, warm)]
         took = min(map(milliseconds, ways))
         share = work_of(encoding, shape, n_tokens).floor / (took / 1e3) / bytes_per_second
         found.append((name, took, share, milliseconds_from_python(ways[0])))
     dense_took = min(dense_took, milliseconds(dense))
+    ms = "{:.4f}".format
     return [
-        (
-            n_tokens,
-            name,
-            f"{took:.4f}",
-            f"{dense_took:.4f}",
-            f"{dense_took / took:.2f}",
-            f"{share:.0%}",
-            f"{python:.4f}",
-        )
+        (n_tokens, name, ms(took), ms(dense_took), f"{dense_took / took:.2f}", f"{share:.0%}", ms(python))
         for name, took, share, python in found
     ]
 

@@ -64,8 +64,8 @@ class Work:
 def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
     """What `triton_launch.multiply` moves: the section for every block of tokens.
 
-    Activations are small, and count once: all programs but the first find them in the cache, as the sums of splits are
-    found (`blocks.SUMS_BYTES`), which do not count.
+    Activations are small, and count once: all programs but the first find them in the cache. So are found, and do not
+    count, the sums of splits (`blocks.SUMS_BYTES`) and the activations as the kernel by groups has them arranged.
     """
     blocks = _blocks(encoding, shape, n_tokens)
     once = encoding.section_bytes(shape) + HALF * n_tokens * shape[1]
