@@ -45,15 +45,15 @@ def _round_ternary(
         decoded[t] = low[t] if is_low else (high[t] if is_high else np.float32(0))
 
 
-def _make_up(free: np.ndarray, chol: np.ndarray, j: int, stop: int, rows: slice, errors: np.ndarray) -> None:
-    """Of some rows of free [in, out], the columns from j to `stop` less their shares of its errors [rows] over U_jj.
+def _make_up(free: np.ndarray, shares: np.ndarray, j: int, stop: int, rows: slice, lost: np.ndarray) -> None:
+    """Of some rows of free [in, out], the columns from j to `stop` and their shares of what column j lost, [rows].
 
     Rounded once where the machine can, as in torch's addcmul_.
     """
     for k in range(j + 1, stop):
-        share, later = chol[j, k], free[k, rows]  # a part of one row, which the compiler knows to be contiguous
-        for t in range(len(errors)):
-            later[t] -= share * errors[t]
+        share, later = shares[j, k], free[k, rows]  # a part of one row, which the compiler knows to be contiguous
+        for t in range(len(lost)):
+            later[t] += share * lost[t]
 
 
 _round_uniform_compiled = compiled(_round_uniform, **LOOP)
@@ -65,7 +65,8 @@ def _round_block(
     start: int,
     stop: int,
     free: np.ndarray,
-    chol: np.ndarray,
+    lost: np.ndarray,
+    shares: np.ndarray,
     limits: np.ndarray,
     groups: np.ndarray,
     is_ternary: bool,
@@ -74,7 +75,6 @@ def _round_block(
     top: np.ndarray,
     codes: np.ndarray,
     decoded: np.ndarray,
-    errors: np.ndarray,
 ) -> None:
     """`Grid.round_block` of the columns from start to `stop`, b of them; limits: [b] f32; of the grid (lower, upper)
     [G, rows] f32: low and high, or scales and zeros, and the largest code, a f32; the others as in `Columns`.
@@ -85,17 +85,16 @@ def _round_block(
     for first in range(0, n_rows, STRIPE):
         rows = slice(first, min(first + STRIPE, n_rows))
         for j in range(start, stop):
-            column, rounded, error = free[j, rows], decoded[j, rows], errors[j, rows]
+            column, rounded, difference = free[j, rows], decoded[j, rows], lost[j, rows]
             a, b = lower[groups[j], rows], upper[groups[j], rows]
             if is_ternary:
                 _round_ternary_compiled(column, a, b, codes[j, rows], rounded)
             else:
                 _round_uniform_compiled(column, a, b, top, codes[j, rows], rounded)
-            limit, pivot = limits[j - start], chol[j, j]
+            limit = limits[j - start]
             for t in range(len(column)):
-                difference = column[t] - rounded[t]
-                error[t] = (np.float32(0) if abs(difference) > limit else difference) / pivot
-            _make_up_compiled(free, chol, j, stop, rows, error)
+                difference[t] -= column[t] if abs(column[t] - rounded[t]) > limit else rounded[t]
+            _make_up_compiled(free, shares, j, stop, rows, difference)
 
 
 _round_block_compiled = compiled(_round_block, **LOOP)
@@ -123,7 +122,8 @@ class CompiledGrid(Grid):
             own.start,
             own.stop,
             columns.free.numpy(),
-            columns.chol.numpy(),
+            columns.lost.numpy(),
+            columns.shares.numpy(),
             np.full(own.stop - own.start, np.inf, np.float32) if limits is None else limits.numpy(),
             columns.groups.numpy(),
             isinstance(grid, TernaryGrid),
@@ -132,7 +132,6 @@ class CompiledGrid(Grid):
             np.float32(top),
             columns.codes.numpy(),
             columns.decoded.numpy(),
-            columns.errors.numpy(),
         )
 
     def layer(

@@ -19,12 +19,9 @@ def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None
         product = weight[:, before] @ hessian[before, own]
         product.addmm_(weight[:, own], hessian[own, own], beta=2)
         energy += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
-    return energy if damping is None else energy - damping_energy(weight, damping)
-
-
-def damping_energy(weight: Tensor, damping: Tensor) -> float:
-    """What `damping` [in] adds to the energy of weight [out, in]."""
-    return float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
+    if damping is not None:
+        energy -= float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
+    return energy
 
 
 def relative_error(lost: float, energy: float) -> float:

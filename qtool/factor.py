@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calibration.hessian import LayerStats
-from qtool.cholesky import upper_factor_of_inverse
+from qtool.cholesky import inverse_diagonal, upper_factor
 from qtool.errors import QuantizeError
 from qtool.recipe import QuantSpec
 
@@ -19,11 +19,12 @@ INPUT_SCALE_RANGE = (2.0**-10, 2.0**10)  # well inside fp16, with all of its pre
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """A damped Hessian, factored: shared by all linears that read one input."""
+    """A damped Hessian H = M D Mᵀ, factored: shared by all linears that read one input."""
 
     input_scales: Tensor | None  # [in] f32 with fp16 values: what the input is multiplied by before the layer
     perm: Tensor  # [in] int64: the order in which columns are rounded
-    hinv_chol: Tensor  # [in, in] f32: U with H⁻¹ = UᵀU, rows and columns in the order of perm
+    shares: Tensor  # [in, in] f32: M, upper with a diagonal of 1, rows and columns in the order of perm
+    pivots: Tensor  # [in] f32: D, in the order of perm: what an error costs once later columns have made up for it
     damped: Tensor  # [in, in] f32: the damped Hessian of the scaled input, in the layer's own order
     damping: Tensor  # [in] f32: what was added to its diagonal
     percdamp: float  # what it took to factor it
@@ -34,9 +35,9 @@ class Factor:
 
     @property
     def cost(self) -> Tensor:
-        """[in] f32: 1 / U_jj², what an error in each column costs once the later ones have made up for it."""
-        cost = torch.empty(len(self.perm))
-        cost[self.perm] = self.hinv_chol.diagonal().square().reciprocal()
+        """[in] f32: the pivots in the layer's own order."""
+        cost = torch.empty_like(self.pivots)
+        cost[self.perm] = self.pivots
         return cost
 
 
@@ -58,8 +59,7 @@ def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, perc
     input_scales = None
     damped = hessian.clone()
     if spec.input_scales:
-        factor = upper_factor_of_inverse(_damp(damped, percdamp).double())
-        cost = 1 / torch.linalg.vector_norm(factor, dim=0).square_()
+        cost = inverse_diagonal(_damp(damped, percdamp).double()).reciprocal_()
         input_scales = fit_input_scales(weights, cost)
         damped.copy_(hessian).mul_(input_scales).mul_(input_scales[:, None])
     diagonal = damped.diagonal().clone()
@@ -69,8 +69,17 @@ def _factorize(hessian: Tensor, weights: Sequence[Tensor], spec: QuantSpec, perc
         ordered = ordered.index_select(0, perm).index_select(1, perm)
     else:
         perm = torch.arange(len(diagonal))
-    hinv_chol = upper_factor_of_inverse(ordered.double()).float()
-    return Factor(input_scales, perm, hinv_chol, damped, damped.diagonal() - diagonal, percdamp)
+    upper = upper_factor(ordered.double())
+    roots = upper.diagonal().clone()
+    return Factor(
+        input_scales=input_scales,
+        perm=perm,
+        shares=upper.div_(roots).float(),
+        pivots=roots.square_().float(),
+        damped=damped,
+        damping=damped.diagonal() - diagonal,
+        percdamp=percdamp,
+    )
 
 
 def _damp(hessian: Tensor, percdamp: float) -> Tensor:

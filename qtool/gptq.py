@@ -1,8 +1,10 @@
 """STAGE 3, quantize: GPTQ's second-order solver for one layer, a pure function (arXiv 2210.17323).
 
-Columns are rounded one after the other; each one's rounding error is made up for by the columns that
-are still free, along the inverse Hessian. Its Cholesky factor U (H⁻¹ = UᵀU, upper) already holds the
-rows that the paper's Algorithm 1 would get by updating the inverse after every column.
+Columns are rounded one after the other; what each one loses is made up for by the columns that are still free. The
+paper's Algorithm 1 asks the inverse Hessian by how much, updated after every column. No inverse is needed: with
+H = M D Mᵀ, M upper with a diagonal of 1, a loss d = w - q costs d H dᵀ = Σ_j D_jj (Σ_{i <= j} d_i M_ij)², and as M_jj
+is 1, column j makes its term least where it is rounded from w_j + Σ_{i < j} d_i M_ij. Those are the same columns, as
+Babai's nearest plane algorithm has them (arXiv 2507.18553), at half the operations.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from calibration.hessian import LayerStats
 from formats.layer import Layer, SparseOutliers, group_index
-from qtool.energy import damping_energy, output_energy, relative_error
+from qtool.energy import output_energy, relative_error
 from qtool.factor import Factor
 from qtool.fit import fit_grid
 from qtool.grid import Columns, Grid
@@ -28,7 +30,7 @@ from qtool.recipe import QuantSpec
 MAX_ELEMENTS = 1 << 22
 """Weights solved at a time: with the solver's temporaries, some 150 MB."""
 BLOCK_SIZE = 64
-"""Columns whose errors are pushed to all later ones by one product: changes speed and rounding only."""
+"""Columns whose losses are pushed to all later ones by one product: changes speed and rounding only."""
 THRESHOLD_ROWS = 128
 """Rows that are solved to learn which error the given share of the weights exceeds."""
 SECOND_SHARE = 0.97
@@ -151,27 +153,27 @@ def finished(
     factor: Factor | None,
     metric: tuple[Tensor | None, Tensor | None],
     outliers: SparseOutliers | None = None,
-    lost_damped: float | None = None,
+    lost: float | None = None,
 ) -> Solution:
     """The solution of weight [out, in] from its codes and what they decode to, outliers included; input scales, which
     are still to come, are multiplied into `decoded`.
 
-    lost_damped: the energy that is lost, by the damped Hessian, where it is known.
+    lost: the energy that is, where it is known.
     """
-    lost = energy = 0.0
+    energy, found = 0.0, 0.0
     for rows in _stripes(weight.shape, grid.row_step):
         stored = weight[rows] if factor is None else factor.stored(weight[rows])
-        difference = stored - decoded[rows]
-        if lost_damped is None:
-            lost += output_energy(difference, *metric)
-        elif factor is not None:
-            lost -= damping_energy(difference, factor.damping)
         energy += output_energy(stored, *metric)
-    lost += lost_damped or 0.0
+        if lost is None:
+            found += output_energy(stored - decoded[rows], *metric)
     scales = None if factor is None else factor.input_scales
     fp16_scales = None if scales is None else scales.numpy().astype(np.float16)
     layer = grid.layer(codes, spec.groups_of(weight.shape[1]), fp16_scales, outliers)
-    return Solution(layer, decoded if scales is None else decoded.mul_(scales), relative_error(lost, energy))
+    return Solution(
+        layer,
+        decoded if scales is None else decoded.mul_(scales),
+        relative_error(found if lost is None else lost, energy),
+    )
 
 
 def _stripes(shape: Sequence[int], row_step: int) -> list[slice]:
@@ -186,7 +188,7 @@ class _Solved:
 
     codes: Tensor  # [in, rows] u8
     decoded: Tensor  # [in, rows] f32, without what was kept of outliers and without input scales
-    lost: float = 0.0  # energy, by the damped Hessian, where nothing was kept
+    lost: float = 0.0  # energy, where nothing was kept
 
 
 def _quantize_rows(
@@ -220,20 +222,24 @@ def _round_columns(
     is_in_order = torch.equal(perm, torch.arange(len(perm)))  # then slices will do, which is a good deal faster
     # [in, rows]: a column is a contiguous row here. A copy also where the weight lies so already, for it is changed.
     free = weight.T.clone(memory_format=torch.contiguous_format) if is_in_order else weight.T[perm].contiguous()
-    columns = Columns.of(free, factor.hinv_chol, groups if is_in_order else groups[perm])
+    columns = Columns.of(free, factor.shares, groups if is_in_order else groups[perm])
     for start in range(0, len(free), block_size):
         own = slice(start, min(start + block_size, len(free)))
-        limits = None if rule is None else rule.limits(factor.hinv_chol.diagonal()[own])
+        limits = None if rule is None else rule.limits(factor.pivots[own])
         grid.round_block(columns, own, limits)
         if limits is not None:
             for column, kept in zip(
                 perm[own].tolist(), kept_values(free[own] - columns.decoded[own], limits), strict=True
             ):
                 keep(column, kept)
-        free[own.stop :].addmm_(factor.hinv_chol[own, own.stop :].T, columns.errors[own], alpha=-1)
-    # With d the difference, H⁻¹ = UᵀU and errors e: d = eU, and so d H dᵀ = e eᵀ.
-    lost = float(torch.linalg.vector_norm(columns.errors, dtype=torch.float64)) ** 2
+        free[own.stop :].addmm_(factor.shares[own, own.stop :].T, columns.lost[own])
+    lost = _energy(free.sub_(columns.decoded), factor.pivots) - _energy(columns.lost, factor.damping[perm])
     if is_in_order:
         return _Solved(columns.codes, columns.decoded, lost)
     back = perm.argsort()
     return _Solved(columns.codes[back], columns.decoded[back], lost)
+
+
+def _energy(columns: Tensor, weights: Tensor) -> float:
+    """The sum of squares of columns [in, rows], each of which counts by its weight [in]."""
+    return float(torch.linalg.vector_norm(columns, dim=1).double().square_() @ weights.double())

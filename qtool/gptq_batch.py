@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from qtool.ternary import TernaryGrid
 
 MAX_ELEMENTS = 1 << 23
 """Weights solved at a time: what is made of them is in memory together. A larger layer has all cores to itself."""
+SHARING = 16
+"""Layers of one input that share a factor, at most: more would wait for one core while others have nothing to do."""
 COMPILED = ("int", "ternary")
 """Formats whose column loop is compiled; layers in others are solved one after the other."""
 Given = TypeVar("Given")
@@ -33,28 +36,35 @@ Made = TypeVar("Made")
 
 def gptq_quantize_all(
     weights: Sequence[Tensor], stats: Sequence[LayerStats], spec: QuantSpec
-) -> Iterator[tuple[Solution, Factor | None]]:
-    """As `factorize` and `gptq_quantize` for each weight [out, in] f32, all of one shape, with its own statistics.
+) -> Iterator[tuple[Solution, float | None]]:
+    """As `factorize` and `gptq_quantize` for each weight [out, in] f32, all of one shape, with its own statistics; and
+    the percdamp that it took.
 
-    One whose Hessian cannot be factored is rounded to nearest, and has no factor: QMoE's identity.
+    One whose Hessian cannot be factored is rounded to nearest, and took none: QMoE's identity.
     """
     together = max(1, MAX_ELEMENTS // weights[0].numel())
-    solve_all = _side_by_side if together > 1 and spec.format in COMPILED else _in_turn
     for start in range(0, len(weights), together):
-        part = slice(start, start + together)
-        layers = list(zip(weights[part], stats[part], strict=True))
-        factors = _factors(layers, spec, together=together > 1)
-        factored = [(*layer, factor) for layer, factor in zip(layers, factors, strict=True)]
-        yield from zip(solve_all(lambda layer: _solve(*layer, spec), factored), factors, strict=True)
+        layers = list(zip(weights[start : start + together], stats[start : start + together], strict=True))
+        inputs = _by_input(layers, spec)
+        run = _side_by_side if together > 1 and spec.format in COMPILED else _in_turn
+        found = run(partial(_solve_input, spec=spec), [[layers[i] for i in own] for own in inputs])
+        solved = {i: one for own, made in zip(inputs, found, strict=True) for i, one in zip(own, made, strict=True)}
+        yield from (solved.pop(i) for i in range(len(layers)))
 
 
-def _factors(layers: Sequence[tuple[Tensor, LayerStats]], spec: QuantSpec, *, together: bool) -> list[Factor | None]:
-    """Of each layer; one for all that read one input, unless it depends on their weights."""
-    keys = [i if spec.input_scales else id(stats) for i, (_, stats) in enumerate(layers)]
-    distinct = dict(zip(keys, layers, strict=True))
-    run = _side_by_side if together else _in_turn
-    made = dict(zip(distinct, run(lambda layer: _factor(*layer, spec), list(distinct.values())), strict=True))
-    return [made[key] for key in keys]
+def _by_input(layers: Sequence[tuple[Tensor, LayerStats]], spec: QuantSpec) -> list[list[int]]:
+    """The layers that share a factor: those of one input, unless it depends on their weights."""
+    shared: dict[int, list[int]] = {}
+    for i, (_, stats) in enumerate(layers):
+        shared.setdefault(i if spec.input_scales else id(stats), []).append(i)
+    return [own[start : start + SHARING] for own in shared.values() for start in range(0, len(own), SHARING)]
+
+
+def _solve_input(layers: Sequence[tuple[Tensor, LayerStats]], spec: QuantSpec) -> list[tuple[Solution, float | None]]:
+    """Layers that share a factor, which is gone when they are solved: memory does not grow with their number."""
+    factor = _factor(*layers[0], spec)
+    percdamp = None if factor is None else factor.percdamp
+    return [(_solve(weight, stats, factor, spec), percdamp) for weight, stats in layers]
 
 
 def _factor(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Factor | None:

@@ -27,22 +27,23 @@ MAX_ELEMENTS = 1 << 19  # weights searched at a time: the temporaries then stay 
 class Columns:
     """The columns of a layer, each a contiguous row here, in the order in which the solver rounds them."""
 
-    free: Tensor  # [in, rows] f32, changed: what is left to round, other columns' errors made up for
-    chol: Tensor  # [in, in] f32: U
+    free: Tensor  # [in, rows] f32, changed: what is left to round, other columns' losses made up for
+    lost: Tensor  # [in, rows] f32, changed: the weights, less what they have become where columns are rounded
+    shares: Tensor  # [in, in] f32: M, how much of what one column lost each later one makes up for
     groups: Tensor  # [in] i64
     codes: Tensor  # [in, rows] u8; this and what follows is written as columns are rounded
     decoded: Tensor  # [in, rows] f32
-    errors: Tensor  # [in, rows] f32: over U_jj
 
     @classmethod
-    def of(cls, free: Tensor, chol: Tensor, groups: Tensor) -> Columns:
-        codes = torch.empty(free.shape, dtype=torch.uint8)
-        return cls(free, chol, groups, codes, torch.empty_like(free), torch.empty_like(free))
+    def of(cls, weight: Tensor, shares: Tensor, groups: Tensor) -> Columns:
+        """weight: [in, rows] f32, which is changed."""
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        return cls(weight, weight.clone(), shares, groups, codes, torch.empty_like(weight))
 
     def block(self, own: slice) -> Columns:
         """A part of them, which do not know of those outside."""
         return Columns(
-            self.free[own], self.chol[own, own], self.groups[own], self.codes[own], self.decoded[own], self.errors[own]
+            self.free[own], self.lost[own], self.shares[own, own], self.groups[own], self.codes[own], self.decoded[own]
         )
 
 
@@ -60,20 +61,19 @@ class Grid(ABC):
         """(codes, what they decode to) for a column [out] of `group`, or columns [n, out] with their groups [n]."""
 
     def round_block(self, columns: Columns, own: slice, limits: Tensor | None = None) -> None:
-        """GPTQ over the b columns `own`: each one's error is made up for by those of them behind it.
+        """GPTQ over the b columns `own`: what each one lost is made up for by those of them behind it.
 
-        limits: [b], an error beyond which is an outlier's: it is stored, and leaves nothing to make up for
+        limits: [b], an error beyond which is an outlier's: it is stored as well, and the weight becomes what was free
         """
         block = columns.block(own)
-        free, decoded, errors = block.free, block.decoded, block.errors
-        pivots = block.chol.diagonal().tolist()
+        free, lost, decoded = block.free, block.lost, block.decoded
         for j, group in enumerate(block.groups.tolist()):
             block.codes[j], decoded[j] = self.quantize(free[j], group)
-            torch.sub(free[j], decoded[j], out=errors[j])
+            became = decoded[j]
             if limits is not None:
-                errors[j].masked_fill_(errors[j].abs() > limits[j], 0)
-            errors[j].div_(pivots[j])
-            free[j + 1 :].addcmul_(block.chol[j, j + 1 :, None], errors[j], value=-1)
+                became = torch.where((free[j] - became).abs() > limits[j], free[j], became)
+            lost[j].sub_(became)
+            free[j + 1 :].addcmul_(block.shares[j, j + 1 :, None], lost[j])
 
     @abstractmethod
     def layer(

@@ -2,8 +2,8 @@
 
 SpQR (arXiv 2306.03078) keeps a weight in 16 bits when its rounding error, times what the error costs, is above a
 threshold that is relative to the layer: τ · mean over columns j of Var(W[:, j]) / U_jj², U the Cholesky factor of the
-inverse Hessian. While a grid is fitted, a weight counts as an outlier when the group's error falls by more than the
-threshold as soon as the group does without it (leave one out).
+inverse Hessian; 1 / U_jj² is the pivot D_jj of our factor. While a grid is fitted, a weight counts as an outlier when
+the group's error falls by more than the threshold as soon as the group does without it (leave one out).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OutlierRule:
     """Which weights of a layer are kept: those whose error costs more than `threshold`."""
 
     threshold: float
-    cost: Tensor  # [in] f32: 1 / U_jj² of every column, in the layer's own order
+    cost: Tensor  # [in] f32: D_jj of every column, in the layer's own order
 
     def without_outliers(
         self, weight: Tensor, columns: slice, decoded: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,8 +44,8 @@ class OutlierRule:
         return torch.where(likely, others[:, None], weight)
 
     def limits(self, pivots: Tensor) -> Tensor:
-        """The error beyond which a weight of each column is kept; pivots: [b], U_jj, (error / U_jj)² being its cost."""
-        return pivots * float(self.threshold**0.5)
+        """The error beyond which a weight of each column is kept; pivots: [b], D_jj, error² · D_jj being its cost."""
+        return (self.threshold / pivots).sqrt_()
 
 
 def kept_values(residual: Tensor, limits: Tensor) -> Tensor:

@@ -67,20 +67,21 @@ class Here:
 def solve(work: Work) -> Iterator[Solved]:
     """The solutions in the order of the names; each weight is let go of when it has been solved."""
     since = time.perf_counter()
-    for index, (solution, factor) in enumerate(_alike(work) if work.alike else _one_input(work)):
+    for index, (solution, percdamp) in enumerate(_alike(work) if work.alike else _one_input(work)):
         now = time.perf_counter()
         yield Solved(
             name=work.names[index],
             solution=solution,
             stats=work.stats[index if work.alike else 0],
-            percdamp=None if factor is None else factor.percdamp,
+            percdamp=percdamp,
             seconds=now - since,
         )
         since = now
 
 
-def _one_input(work: Work) -> Iterator[tuple[Solution, Factor | None]]:
-    [stats], factor = work.stats, None
+def _one_input(work: Work) -> Iterator[tuple[Solution, float | None]]:
+    factor: Factor | None = None
+    [stats] = work.stats
     for name, spec in zip(work.names, work.specs, strict=True):
         weight = work.weights.pop(0)
         with error_context(name):
@@ -91,10 +92,10 @@ def _one_input(work: Work) -> Iterator[tuple[Solution, Factor | None]]:
             else:
                 factor = factor or factorize(stats, [weight, *work.weights], spec, name)
                 solution = gptq_quantize(weight, factor, spec)
-        yield solution, factor
+        yield solution, None if factor is None else factor.percdamp
 
 
-def _alike(work: Work) -> Iterator[tuple[Solution, Factor | None]]:
+def _alike(work: Work) -> Iterator[tuple[Solution, float | None]]:
     """Of one shape and one spec."""
     stats = [own for own in work.stats if own is not None]
     yield from gptq_quantize_all(work.weights, stats, work.specs[0])

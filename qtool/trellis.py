@@ -57,7 +57,8 @@ _extend_compiled = compiled(_extend)
 
 def _round_block(
     free: np.ndarray,
-    chol: np.ndarray,
+    lost: np.ndarray,
+    shares: np.ndarray,
     limits: np.ndarray,
     scales: np.ndarray,
     subset_levels: np.ndarray,
@@ -65,14 +66,13 @@ def _round_block(
     run: int,
     codes: np.ndarray,
     decoded: np.ndarray,
-    errors: np.ndarray,
 ) -> None:
     """GPTQ over the columns of a block, each run's column the cheapest path for what it has become by then.
 
-    free: [b, out] f32, changed; chol: [b, b] f32, U of these columns; limits: [b] f32, an outlier's error is beyond;
-    scales: [b, out] f32; subset_levels: [4, n] f32; subsets: [states] u8, of each window whose oldest path bit is 0
-    (where it is 1, it is the other one of its pair: the last tap is in the upper parity alone); written are [b, out]:
-    codes u8, decoded f32, errors f32 (over U_jj, an outlier's 0).
+    free, lost: [b, out] f32, changed; shares: [b, b] f32, M of these columns; limits: [b] f32, an outlier's error is
+    beyond; scales: [b, out] f32; subset_levels: [4, n] f32; subsets: [states] u8, of each window whose oldest path bit
+    is 0 (where it is 1, it is the other one of its pair: the last tap is in the upper parity alone); written are
+    [b, out]: codes u8, decoded f32.
 
     Runs do not touch each other, so each goes through the whole block by itself.
     """
@@ -89,7 +89,7 @@ def _round_block(
         chosen = np.empty((length, 4), np.uint8)
         error = np.empty((length, 4), np.float32)
         for j in range(n_columns):
-            weight, scale, residual = free[j, rows], scales[j, rows], errors[j, rows]
+            weight, scale, difference = free[j, rows], scales[j, rows], lost[j, rows]
             for t in range(length):
                 for subset in range(4):
                     best, best_level = np.float32(np.inf), 0
@@ -111,12 +111,12 @@ def _round_block(
                 decoded[j, first + t] = scale[t] * subset_levels[subset, level]
                 state = pair | (oldest * half)
             for t in range(length):
-                difference = weight[t] - decoded[j, first + t]
-                residual[t] = difference / chol[j, j] if abs(difference) <= limits[j] else np.float32(0)
+                rounded = decoded[j, first + t]
+                difference[t] -= weight[t] if abs(weight[t] - rounded) > limits[j] else rounded
             for k in range(j + 1, n_columns):
-                share, later = chol[j, k], free[k, rows]
+                share, later = shares[j, k], free[k, rows]
                 for t in range(length):
-                    later[t] -= share * residual[t]
+                    later[t] += share * difference[t]
 
 
 _round_block_compiled = compiled(_round_block, parallel=True)
@@ -152,7 +152,8 @@ class TrellisGrid(Grid):
         use_threads(torch.get_num_threads())
         _round_block_compiled(
             block.free.numpy(),
-            block.chol.contiguous().numpy(),
+            block.lost.numpy(),
+            block.shares.contiguous().numpy(),
             limits.numpy(),
             self.scales[block.groups].numpy(),
             np.ascontiguousarray(self.levels.numpy().reshape(-1, 4).T),
@@ -160,7 +161,6 @@ class TrellisGrid(Grid):
             self.run,
             block.codes.numpy(),
             block.decoded.numpy(),
-            block.errors.numpy(),
         )
 
     def layer(

@@ -1,10 +1,10 @@
-"""The factor of the inverse against numpy's inverse, and against two by two by hand."""
+"""The factor against its definition, the inverse's diagonal against numpy's, and both against two by two by hand."""
 
 import numpy as np
 import pytest
 import torch
 
-from qtool.cholesky import BLOCK_SIZE, upper_factor_of_inverse
+from qtool.cholesky import BLOCK_SIZE, inverse_diagonal, upper_factor
 
 
 def positive_definite(n, seed=0):
@@ -13,24 +13,37 @@ def positive_definite(n, seed=0):
 
 
 def test_two_by_two_by_hand():
-    """The inverse of [[2, 2], [2, 4]] is [[1, -1/2], [-1/2, 1/2]] = UᵀU."""
-    found = upper_factor_of_inverse(torch.tensor([[2.0, 2.0], [2.0, 4.0]], dtype=torch.float64))
-    np.testing.assert_allclose(found, [[1, -0.5], [0, 0.5]], rtol=1e-15)
+    """[[2, 2], [2, 4]] is RRᵀ with R = [[1, 1], [0, 2]]; its inverse is [[1, -1/2], [-1/2, 1/2]]."""
+    matrix = torch.tensor([[2.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
+    np.testing.assert_allclose(upper_factor(matrix.clone()), [[1, 1], [0, 2]], rtol=1e-15)
+    np.testing.assert_allclose(inverse_diagonal(matrix), [1, 0.5], rtol=1e-15)
 
 
-@pytest.mark.parametrize("n", [1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, 300])
-def test_it_is_the_upper_cholesky_factor_of_the_inverse(n):
+SIZES = [1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, 300]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_it_is_the_upper_factor(n):
     matrix = positive_definite(n)
-    expected = np.linalg.cholesky(np.linalg.inv(matrix.numpy())).T
-    found = upper_factor_of_inverse(matrix)
+    before = matrix.numpy().copy()
+    found = upper_factor(matrix)
     assert found is matrix  # no other of its size is made
     np.testing.assert_array_equal(found, np.triu(found))
-    np.testing.assert_allclose(found, expected, atol=1e-9 * abs(expected).max())
+    assert (found.diagonal() > 0).all()
+    np.testing.assert_allclose(found @ found.T, before, atol=1e-13 * abs(before).max())
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_it_is_the_diagonal_of_the_inverse(n):
+    matrix = positive_definite(n)
+    expected = np.linalg.inv(matrix.numpy()).diagonal()
+    np.testing.assert_allclose(inverse_diagonal(matrix), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("at", [0, BLOCK_SIZE, 299])
 def test_what_is_not_positive_definite_is_refused_wherever_it_shows(at):
     matrix = positive_definite(300)
     matrix[at, at] = -1
-    with pytest.raises(torch.linalg.LinAlgError):
-        upper_factor_of_inverse(matrix)
+    for function in (upper_factor, inverse_diagonal):
+        with pytest.raises(torch.linalg.LinAlgError):
+            function(matrix.clone())

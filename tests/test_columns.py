@@ -37,13 +37,14 @@ def ternary_grid(n_rows, generator):
 GRIDS = {"int": int_grid, "two-level": two_level_grid, "ternary": ternary_grid}
 
 
-def rounded(grid, free, chol, groups, own, limits=None):
+def rounded(grid, free, shares, groups, own, limits=None):
     """All that is made of the columns `own`; what is written of others stays zero."""
-    columns = Columns.of(free.clone(), chol, groups)
-    for written in (columns.codes, columns.decoded, columns.errors):
+    columns = Columns.of(free.clone(), shares, groups)
+    columns.lost.mul_(0.5)  # by now, columns have made up for others
+    for written in (columns.codes, columns.decoded):
         written.zero_()
     grid.round_block(columns, own, limits)
-    return columns.free, columns.codes, columns.decoded, columns.errors
+    return columns.free, columns.lost, columns.codes, columns.decoded
 
 
 def assert_same_bits(make, n_columns, n_rows, limit, seed):
@@ -52,15 +53,15 @@ def assert_same_bits(make, n_columns, n_rows, limit, seed):
     grid, n_all = make(n_rows, generator), n_columns + 9
     own = slice(5, 5 + n_columns)
     free = torch.randn(n_all, n_rows, generator=generator)
-    chol = torch.rand(n_all, n_all, generator=generator).triu() + 0.5 * torch.eye(n_all)
+    shares = torch.rand(n_all, n_all, generator=generator).sub_(0.5).triu_(1) + torch.eye(n_all)
     groups = torch.randint(0, N_GROUPS, (n_all,), generator=generator)
-    limits = None if limit is None else limit * chol.diagonal()[own]
-    found = rounded(CompiledGrid(grid), free, chol, groups, own, limits)
-    expected = rounded(grid, free, chol, groups, own, limits)
+    limits = None if limit is None else limit * (0.5 + torch.rand(n_columns, generator=generator))
+    found = rounded(CompiledGrid(grid), free, shares, groups, own, limits)
+    expected = rounded(grid, free, shares, groups, own, limits)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.numpy().view(np.uint8), other.numpy().view(np.uint8))
     others = np.delete(np.arange(n_all), own)
-    for one, before in zip(found, (free, 0, 0, 0), strict=True):
+    for one, before in zip(found, (free, 0.5 * free, 0, 0), strict=True):
         np.testing.assert_array_equal(one[others], before[others] if torch.is_tensor(before) else before)
 
 
@@ -83,20 +84,21 @@ def test_bits_are_the_same_for_any_shape(kind, n_columns, n_rows, limit, seed):
 
 
 def test_codes_by_hand():
-    """Steps of 1 from -1 to 2, halves to the even one; the last column takes up the errors of the first."""
+    """Steps of 1 from -1 to 2, halves to the even one; the last column takes up half of what the first lost."""
     grid = CompiledGrid(UniformGrid(torch.ones(1, 4), torch.ones(1, 4), 2))
-    free = torch.tensor([[0.5, 1.5, -9.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
-    chol = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    _, codes, decoded, errors = rounded(grid, free, chol, torch.zeros(2, dtype=torch.int64), slice(0, 2))
-    assert codes.tolist() == [[2, 2, 0, 3], [1, 1, 3, 0]]
-    assert decoded.tolist() == [[1.0, 1.0, -1.0, 2.0], [0.0, 0.0, 2.0, -1.0]]
-    assert errors.tolist() == [[-0.25, 0.25, -4.0, 3.5], [0.25, -0.25, 2.0, -2.5]]
+    weight = torch.tensor([[0.5, 1.5, -9.0, 9.0], [0.0, 0.0, 0.0, 0.0]])
+    columns = Columns.of(weight, torch.tensor([[1.0, -0.5], [0.0, 1.0]]), torch.zeros(2, dtype=torch.int64))
+    grid.round_block(columns, slice(0, 2))
+    assert columns.codes.tolist() == [[2, 2, 0, 3], [1, 1, 3, 0]]
+    assert columns.decoded.tolist() == [[1.0, 1.0, -1.0, 2.0], [0.0, 0.0, 2.0, -1.0]]
+    assert columns.lost.tolist() == [[-0.5, 0.5, -8.0, 7.0], [0.0, 0.0, -2.0, 1.0]]
+    assert columns.free[1].tolist() == [0.25, -0.25, 4.0, -3.5]
 
 
 def test_ternary_codes_by_hand():
     """What lies half way is zero."""
     grid = CompiledGrid(TernaryGrid(torch.full((1, 5), -2.0), torch.full((1, 5), 4.0)))
     free = torch.tensor([[-3.0, -1.0, 0.0, 2.0, 2.5]])
-    _, codes, decoded, _ = rounded(grid, free, torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), slice(0, 1))
+    _, _, codes, decoded = rounded(grid, free, torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), slice(0, 1))
     assert codes.tolist() == [[0, 1, 1, 1, 2]]
     assert decoded.tolist() == [[-2.0, 0.0, 0.0, 0.0, 4.0]]

@@ -47,7 +47,7 @@ def test_the_block_size_changes_speed_only(block_size):
     """In float64, where no rounding of the sums can move a weight over the edge between two codes."""
     weight, stats = make_layer()
     factor = factorize(stats, [weight], PLAIN, "layer")
-    factor = dataclasses.replace(factor, hinv_chol=factor.hinv_chol.double())
+    factor = dataclasses.replace(factor, shares=factor.shares.double())
     grid = fit_uniform(weight, 16, 3, symmetric=False)
     grid = UniformGrid(grid.scales.double(), grid.zeros.double(), 3)
     groups = torch.from_numpy(group_index(40, 16))

@@ -69,15 +69,33 @@ def test_the_layers_are_taken_in_parts(monkeypatch, together):
     assert_alike(*layers(5, 24, 72), QuantSpec(group_size=16))
 
 
-def test_layers_that_read_one_input_share_its_factor():
-    weights, stats = layers(3, 24, 72)
-    spec = QuantSpec(**SPECS["as QMoE"])
-    shared = [stats[0], stats[0], stats[2]]
-    assert_alike(weights, shared, spec)
-    a, b, c = (factor for _, factor in gptq_quantize_all(weights, shared, spec))
-    assert a is b is not c
-    scaled = QuantSpec(group_size=8)  # by both weights, each to its own range
+@pytest.mark.parametrize("sharing, n_factors", [(2, 3), (16, 2)])
+def test_layers_that_read_one_input_share_its_factor(monkeypatch, sharing, n_factors):
+    """Some of them, that is: more would wait for one core."""
+    made = []
+
+    def counted(*args):
+        made.append(args)
+        return factorize(*args)
+
+    monkeypatch.setattr(gptq_batch, "factorize", counted)
+    monkeypatch.setattr(gptq_batch, "SHARING", sharing)
+    weights, stats = layers(4, 24, 72)
+    shared = [stats[0], stats[2], stats[0], stats[0]]
+    assert_alike(weights, shared, QuantSpec(**SPECS["as QMoE"]))
+    assert len(made) == n_factors
+    scaled = QuantSpec(group_size=8)  # by each one's own weight
     assert_alike(weights, shared, scaled)
+    assert len(made) == n_factors + 4
+
+
+def test_it_says_what_damping_each_took():
+    weights, stats = layers(2, 8, 32)
+    barely = torch.eye(32)
+    barely[0, 1] = barely[1, 0] = 1.05  # indefinite: the first damping is not enough
+    spec = QuantSpec(**SPECS["as QMoE"] | {"percdamp": 0.01})
+    made = gptq_quantize_all(weights, [LayerStats(barely, 1, torch.ones(32)), stats[1]], spec)
+    assert [percdamp for _, percdamp in made] == pytest.approx([0.1, 0.01])
 
 
 def test_one_that_cannot_be_factored_is_rounded_and_the_others_are_not():
@@ -85,7 +103,7 @@ def test_one_that_cannot_be_factored_is_rounded_and_the_others_are_not():
     stats[1] = LayerStats(torch.full((16, 16), -1.0) - torch.eye(16), 1, torch.ones(16))
     spec = QuantSpec(group_size=8)
     solved = list(gptq_quantize_all(weights, stats, spec))
-    assert [factor is None for _, factor in solved] == [False, True, False]
+    assert [percdamp is None for _, percdamp in solved] == [False, True, False]
     np.testing.assert_array_equal(solved[1][0].layer.codes, rtn_quantize(weights[1], spec).layer.codes)
     for index in (0, 2):
         alone = gptq_quantize(weights[index], factorize(stats[index], [weights[index]], spec, "alone"), spec)

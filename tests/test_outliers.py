@@ -137,8 +137,8 @@ def test_the_unit_is_that_of_the_weights_as_they_are_stored():
 
 
 def test_what_is_kept_by_hand():
-    """Threshold 4, pivot 0.5: an error costs more than 4 when it is above 1."""
-    limits = OutlierRule(4.0, torch.ones(1)).limits(torch.tensor([0.5]))
+    """Threshold 4, pivot 4: an error costs more than 4 when it is above 1."""
+    limits = OutlierRule(4.0, torch.ones(1)).limits(torch.tensor([4.0]))
     assert limits.tolist() == [1.0]
     kept = kept_values(torch.tensor([[0.9, 1.0, 1.1, -3.0, 1e9]]), limits)
     assert kept.tolist() == [[0.0, 0.0, np.float16(1.1), -3.0, FP16_MAX]]
