@@ -13,12 +13,12 @@ def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None
     """tr(W H Wᵀ) of weight [out, in]; H [in, in] less `damping` [in] on its diagonal, or without one the identity."""
     if hessian is None:
         return float(weight.square().sum(dtype=torch.float64))
-    energy = 0.0
+    product = torch.empty_like(weight)
     for start in range(0, len(hessian), ENERGY_COLUMNS):  # H is symmetric: what is left of its diagonal counts twice
         own, before = slice(start, start + ENERGY_COLUMNS), slice(0, start)
-        product = weight[:, before] @ hessian[before, own]
-        product.addmm_(weight[:, own], hessian[own, own], beta=2)
-        energy += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
+        torch.mm(weight[:, own], hessian[own, own], out=product[:, own])
+        product[:, own].addmm_(weight[:, before], hessian[before, own], alpha=2)
+    energy = float(product.mul_(weight).sum(dtype=torch.float64))
     if damping is not None:
         energy -= float((weight.square().sum(0) * damping).sum(dtype=torch.float64))
     return energy

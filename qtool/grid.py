@@ -6,6 +6,7 @@ is `formats.layer.decode`, here as in the loader.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from qtool.statistics import FP16_TINY, by_row, round_two_level
 SHRINK_STEPS = 24
 SHRINK_MIN = 0.6  # a group's best range is rarely below this share of its largest weight
 MAX_ELEMENTS = 1 << 19  # weights searched at a time: the temporaries then stay in the cache
+TOGETHER = 1 << 18  # of few weights, those of many ranges: less than that, and the interpreter takes most of the time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,7 +205,7 @@ def range_fit(
         if hessian is None:
             return low, high
         metric = hessian[columns, columns]
-        return search_range(low, high, lambda a, b: weighted_error(rows, decoded(rows, a, b), metric))
+        return search_range(rows, low, high, lambda w, a, b: weighted_error(w, decoded(w, a, b), metric))
 
     return fit
 
@@ -218,15 +220,27 @@ def full_range(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
 
 
 def search_range(
-    low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor], Tensor], least: float = SHRINK_MIN
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    cost: Callable[[Tensor, Tensor, Tensor], Tensor],
+    least: float = SHRINK_MIN,
 ) -> tuple[Tensor, Tensor]:
-    """The range, shrunk to where its cost [rows] is least, for every row on its own; not below a share of `least`."""
-    best, shrink = cost(low, high), torch.ones_like(low)
-    for trial in torch.linspace(1, least, SHRINK_STEPS)[1:].tolist():
-        found = cost(low * trial, high * trial)
-        better = found < best
-        best = torch.where(better, found, best)
-        shrink.masked_fill_(better, trial)
+    """The range (low, high) [rows], shrunk to where its cost is least for every row of weight [rows, g] on its own; not
+    below a share of `least`.
+
+    cost(weight, low, high): [rows]. Of few weights, it is asked for many ranges together: the interpreter costs more.
+    """
+    best, shrink = cost(weight, low, high), torch.ones_like(low)
+    trials = torch.linspace(1, least, SHRINK_STEPS)[1:]
+    for some in trials.chunk(math.ceil(weight.numel() * len(trials) / TOGETHER)):
+        lows, highs = torch.outer(some, low).flatten(), torch.outer(some, high).flatten()
+        found = cost(weight.repeat(len(some), 1), lows, highs).view(len(some), -1)
+        chosen = torch.from_numpy(found.numpy().argmin(0))  # the first of equals, the widest range
+        least_cost = found.gather(0, chosen[None])[0]
+        better = least_cost < best
+        best = torch.where(better, least_cost, best)
+        shrink = torch.where(better, some[chosen], shrink)
     return low * shrink, high * shrink
 
 

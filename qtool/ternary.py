@@ -81,9 +81,11 @@ def fit_ternary(weight: Tensor, *, input_scales: Tensor | None = None, hessian: 
         if hessian is None:
             return low, high
         metric = hessian[columns, columns]
-        return search_range(
-            low, high, lambda a, b: weighted_error(rows, _rounded(rows, a, b), metric), least=SHRINK_MIN
-        )
+
+        def cost(weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+            return weighted_error(weight, _rounded(weight, low, high), metric)
+
+        return search_range(rows, low, high, cost, SHRINK_MIN)
 
     low, high = fit_ranges(weight, input_scales, weight.shape[1], fit)
     return TernaryGrid(low.half().float(), high.half().float())
