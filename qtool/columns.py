@@ -16,7 +16,7 @@ from qtool.grid import Columns, Grid, UniformGrid
 from qtool.ternary import TernaryGrid
 
 STRIPE = 256
-"""Rows at a time: a block of them and its errors stay in the cache of a core."""
+"""Rows at a time: a block of them and what it lost stay in the cache of a core."""
 
 
 LOOP = {"nogil": True, "error_model": "numpy"}
@@ -46,7 +46,7 @@ def _round_ternary(
 
 
 def _make_up(free: np.ndarray, shares: np.ndarray, j: int, stop: int, rows: slice, lost: np.ndarray) -> None:
-    """Of some rows of free [in, out], the columns from j to `stop` and their shares of what column j lost, [rows].
+    """Of some rows of free [in, out], the columns behind j up to `stop`, plus their shares of what j lost, [rows].
 
     Rounded once where the machine can, as in torch's addcmul_.
     """

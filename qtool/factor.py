@@ -19,7 +19,7 @@ INPUT_SCALE_RANGE = (2.0**-10, 2.0**10)  # well inside fp16, with all of its pre
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """A damped Hessian H = M D Mᵀ, factored: shared by all linears that read one input."""
+    """A damped Hessian, factored in the order of perm, H = M D Mᵀ: shared by all linears that read one input."""
 
     input_scales: Tensor | None  # [in] f32 with fp16 values: what the input is multiplied by before the layer
     perm: Tensor  # [in] int64: the order in which columns are rounded

@@ -3,8 +3,8 @@
 Columns are rounded one after the other; what each one loses is made up for by the columns that are still free. The
 paper's Algorithm 1 asks the inverse Hessian by how much, updated after every column. No inverse is needed: with
 H = M D Mᵀ, M upper with a diagonal of 1, a loss d = w - q costs d H dᵀ = Σ_j D_jj (Σ_{i <= j} d_i M_ij)², and as M_jj
-is 1, column j makes its term least where it is rounded from w_j + Σ_{i < j} d_i M_ij. Those are the same columns, as
-Babai's nearest plane algorithm has them (arXiv 2507.18553), at half the operations.
+is 1, column j makes its term least where it is rounded from w_j + Σ_{i < j} d_i M_ij. The codes are those of the paper,
+as Babai's nearest plane algorithm finds them (arXiv 2507.18553), and the factor takes n³/3 operations, not 4n³/3.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ def _solve(
     groups, kept = groups_of(in_features, spec), OutlierList()
     decoded = torch.empty_like(weight, memory_format=torch.contiguous_format)
     codes = np.empty((out_features, in_features), np.uint8)
-    lost = 0.0
+    lost_energy = 0.0
     for rows in _stripes(weight.shape, grid.row_step):
         stored = weight[rows] if factor is None else factor.stored(weight[rows])
         solved = _quantize_rows(stored, grid.rows(rows), groups, factor, rule, partial(kept.add, rows.start))
         codes[rows] = solved.codes.numpy().T
         decoded[rows] = solved.decoded.T
-        lost += solved.lost
+        lost_energy += solved.lost_energy
     if factor is not None and rule is not None and spec.outliers:
         at_most = round(spec.outliers * weight.numel())
         if len(kept) > at_most and not is_last:
@@ -139,7 +139,7 @@ def _solve(
             return _solve(weight, grid, spec, factor, raised, metric, is_last=True)
         kept.cut(at_most, factor.cost)
     kept.add_to(decoded)
-    known = lost if factor is not None and rule is None else None
+    known = lost_energy if factor is not None and rule is None else None
     outliers = kept.sparse((out_features, in_features))
     return finished(weight, codes, decoded, grid, spec, factor, metric, outliers, known)
 
@@ -153,26 +153,26 @@ def finished(
     factor: Factor | None,
     metric: tuple[Tensor | None, Tensor | None],
     outliers: SparseOutliers | None = None,
-    lost: float | None = None,
+    lost_energy: float | None = None,
 ) -> Solution:
     """The solution of weight [out, in] from its codes and what they decode to, outliers included; input scales, which
     are still to come, are multiplied into `decoded`.
 
-    lost: the energy that is, where it is known.
+    lost_energy: where it is known already.
     """
-    energy, found = 0.0, 0.0
+    energy, lost = 0.0, lost_energy or 0.0
     for rows in _stripes(weight.shape, grid.row_step):
         stored = weight[rows] if factor is None else factor.stored(weight[rows])
         energy += output_energy(stored, *metric)
-        if lost is None:
-            found += output_energy(stored - decoded[rows], *metric)
+        if lost_energy is None:
+            lost += output_energy(stored - decoded[rows], *metric)
     scales = None if factor is None else factor.input_scales
     fp16_scales = None if scales is None else scales.numpy().astype(np.float16)
     layer = grid.layer(codes, spec.groups_of(weight.shape[1]), fp16_scales, outliers)
     return Solution(
         layer,
         decoded if scales is None else decoded.mul_(scales),
-        relative_error(found if lost is None else lost, energy),
+        relative_error(lost, energy),
     )
 
 
@@ -188,7 +188,7 @@ class _Solved:
 
     codes: Tensor  # [in, rows] u8
     decoded: Tensor  # [in, rows] f32, without what was kept of outliers and without input scales
-    lost: float = 0.0  # energy, where nothing was kept
+    lost_energy: float = 0.0  # by the Hessian without its damping; known where nothing was kept
 
 
 def _quantize_rows(
@@ -233,11 +233,11 @@ def _round_columns(
             ):
                 keep(column, kept)
         free[own.stop :].addmm_(factor.shares[own, own.stop :].T, columns.lost[own])
-    lost = _energy(free.sub_(columns.decoded), factor.pivots) - _energy(columns.lost, factor.damping[perm])
+    lost_energy = _energy(free.sub_(columns.decoded), factor.pivots) - _energy(columns.lost, factor.damping[perm])
     if is_in_order:
-        return _Solved(columns.codes, columns.decoded, lost)
+        return _Solved(columns.codes, columns.decoded, lost_energy)
     back = perm.argsort()
-    return _Solved(columns.codes[back], columns.decoded[back], lost)
+    return _Solved(columns.codes[back], columns.decoded[back], lost_energy)
 
 
 def _energy(columns: Tensor, weights: Tensor) -> float:

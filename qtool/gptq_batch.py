@@ -27,7 +27,7 @@ from qtool.ternary import TernaryGrid
 MAX_ELEMENTS = 1 << 23
 """Weights solved at a time: what is made of them is in memory together. A larger layer has all cores to itself."""
 SHARING = 16
-"""Layers of one input that share a factor, at most: more would wait for one core while others have nothing to do."""
+"""Layers of one input that share a factor, at most; fewer where cores would have nothing to do."""
 COMPILED = ("int", "ternary")
 """Formats whose column loop is compiled; layers in others are solved one after the other."""
 Given = TypeVar("Given")
@@ -57,7 +57,8 @@ def _by_input(layers: Sequence[tuple[Tensor, LayerStats]], spec: QuantSpec) -> l
     shared: dict[int, list[int]] = {}
     for i, (_, stats) in enumerate(layers):
         shared.setdefault(i if spec.input_scales else id(stats), []).append(i)
-    return [own[start : start + SHARING] for own in shared.values() for start in range(0, len(own), SHARING)]
+    step = max(1, min(SHARING, len(layers) // torch.get_num_threads()))
+    return [own[start : start + step] for own in shared.values() for start in range(0, len(own), step)]
 
 
 def _solve_input(layers: Sequence[tuple[Tensor, LayerStats]], spec: QuantSpec) -> list[tuple[Solution, float | None]]:

@@ -6,7 +6,6 @@ is `formats.layer.decode`, here as in the loader.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from qtool.statistics import FP16_TINY, by_row, round_two_level
 SHRINK_STEPS = 24
 SHRINK_MIN = 0.6  # a group's best range is rarely below this share of its largest weight
 MAX_ELEMENTS = 1 << 19  # weights searched at a time: the temporaries then stay in the cache
-TOGETHER = 1 << 18  # of few weights, those of many ranges: less than that, and the interpreter takes most of the time
+TOGETHER = 1 << 17  # of few weights, those of many ranges: less than that, and the interpreter takes most of the time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +29,7 @@ class Columns:
     """The columns of a layer, each a contiguous row here, in the order in which the solver rounds them."""
 
     free: Tensor  # [in, rows] f32, changed: what is left to round, other columns' losses made up for
-    lost: Tensor  # [in, rows] f32, changed: the weights, less what they have become where columns are rounded
+    lost: Tensor  # [in, rows] f32, changed: the weights, less what they became once their column is rounded
     shares: Tensor  # [in, in] f32: M, how much of what one column lost each later one makes up for
     groups: Tensor  # [in] i64
     codes: Tensor  # [in, rows] u8; this and what follows is written as columns are rounded
@@ -231,15 +230,13 @@ def search_range(
 
     cost(weight, low, high): [rows]. Of few weights, it is asked for many ranges together: the interpreter costs more.
     """
-    best, shrink = cost(weight, low, high), torch.ones_like(low)
-    trials = torch.linspace(1, least, SHRINK_STEPS)[1:]
-    for some in trials.chunk(math.ceil(weight.numel() * len(trials) / TOGETHER)):
+    best, shrink = torch.full_like(low, torch.inf), torch.ones_like(low)
+    for some in torch.linspace(1, least, SHRINK_STEPS).split(max(1, TOGETHER // max(1, weight.numel()))):
         lows, highs = torch.outer(some, low).flatten(), torch.outer(some, high).flatten()
-        found = cost(weight.repeat(len(some), 1), lows, highs).view(len(some), -1)
-        chosen = torch.from_numpy(found.numpy().argmin(0))  # the first of equals, the widest range
-        least_cost = found.gather(0, chosen[None])[0]
-        better = least_cost < best
-        best = torch.where(better, least_cost, best)
+        repeated = weight.expand(len(some), -1, -1).flatten(0, 1)  # no copy of one
+        found, chosen = cost(repeated, lows, highs).view(len(some), -1).min(0)  # the first of equals: the widest range
+        better = found < best
+        best = torch.where(better, found, best)
         shrink = torch.where(better, some[chosen], shrink)
     return low * shrink, high * shrink
 

@@ -81,11 +81,9 @@ def fit_ternary(weight: Tensor, *, input_scales: Tensor | None = None, hessian: 
         if hessian is None:
             return low, high
         metric = hessian[columns, columns]
-
-        def cost(weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
-            return weighted_error(weight, _rounded(weight, low, high), metric)
-
-        return search_range(rows, low, high, cost, SHRINK_MIN)
+        return search_range(
+            rows, low, high, lambda w, a, b: weighted_error(w, _rounded(w, a, b), metric), least=SHRINK_MIN
+        )
 
     low, high = fit_ranges(weight, input_scales, weight.shape[1], fit)
     return TernaryGrid(low.half().float(), high.half().float())

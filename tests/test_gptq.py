@@ -8,6 +8,7 @@ import torch
 from correlated import make_layer, output_error, stats_of
 
 from formats.layer import dequantize, group_index
+from qtool import gptq
 from qtool.errors import QuantizeError
 from qtool.factor import factorize, fit_input_scales
 from qtool.gptq import _round_columns, gptq_quantize, rtn_quantize
@@ -55,6 +56,7 @@ def test_the_block_size_changes_speed_only(block_size):
     blocked = _round_columns(weight.double(), factor, grid, groups, block_size=block_size)
     assert torch.equal(blocked.codes, whole.codes)
     assert torch.equal(blocked.decoded, whole.decoded)
+    assert blocked.lost_energy == pytest.approx(whole.lost_energy, rel=1e-9)
 
 
 def test_an_identity_hessian_gives_round_to_nearest():
@@ -95,9 +97,13 @@ def test_decoded_is_what_the_file_decodes_to(symmetric, input_scales):
     assert 0 < solved.relative_error < 0.05
 
 
+@pytest.mark.parametrize("rows_together", [5, 1000])
 @pytest.mark.parametrize("percdamp", [1e-4, 0.01, 1.0])
 @pytest.mark.parametrize("input_scales", [False, True])
-def test_spec_5_5_the_error_recorded_is_that_of_the_undamped_hessian(input_scales, percdamp):
+def test_spec_5_5_the_error_recorded_is_that_of_the_undamped_hessian(
+    monkeypatch, input_scales, percdamp, rows_together
+):
+    monkeypatch.setattr(gptq, "MAX_ELEMENTS", rows_together * 40)
     weight, stats = make_layer()
     stats.hessian[4] = stats.hessian[:, 4] = 0  # an input that never fires costs nothing
     spec = QuantSpec(bits=3, group_size=16, input_scales=input_scales, percdamp=percdamp)

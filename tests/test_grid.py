@@ -5,7 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.grid import UniformGrid, fit_uniform, group_slices
+from qtool import grid
+from qtool.grid import (
+    SHRINK_STEPS,
+    UniformGrid,
+    _decoded,
+    fit_uniform,
+    full_range,
+    group_slices,
+    search_range,
+    weighted_error,
+)
 from qtool.outliers import OutlierRule
 from qtool.statistics import FP16_TINY
 
@@ -88,6 +98,33 @@ def test_the_search_never_makes_the_weighted_error_larger(bits):
         errors.append(((d @ hessian) * d).sum(1))
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
     assert errors[1].sum() < 0.95 * errors[0].sum()
+
+
+@pytest.mark.parametrize("together", [1, 200, 1 << 20])
+def test_how_many_ranges_are_tried_together_changes_nothing(monkeypatch, together):
+    weight, x = weights(5, 16), weights(40, 16, seed=1)
+    metric = x.T @ x
+    low, high = full_range(weight, symmetric=False)
+
+    def cost(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return weighted_error(rows, _decoded(rows, a, b, 3, False), metric)
+
+    shares = torch.linspace(1, 0.6, SHRINK_STEPS)
+    costs = torch.stack([cost(weight, share * low, share * high) for share in shares])
+    monkeypatch.setattr(grid, "TOGETHER", together)
+    found = search_range(weight, low, high, cost, 0.6)
+    best = shares[costs.argmin(0)]
+    torch.testing.assert_close(found, (low * best, high * best), rtol=0, atol=0)
+    assert len(best.unique()) > 1
+
+
+def test_of_ranges_that_cost_the_same_the_widest_is_taken():
+    weight = weights(4, 8)
+    low, high = full_range(weight, symmetric=False)
+    found = search_range(weight, low, high, lambda rows, a, b: torch.ones(len(rows)))
+    torch.testing.assert_close(found, (low, high), rtol=0, atol=0)
+    nothing = search_range(weight[:0], low[:0], high[:0], lambda rows, a, b: torch.ones(len(rows)))
+    assert [len(values) for values in nothing] == [0, 0]
 
 
 def test_a_weak_row_does_not_take_the_zeros_of_its_set():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from formats.layer import dequantize
 from formats.section import pack
 from qtool.factor import factorize
-from qtool.gptq import Solution, _quantize_rows, _solve, fit_layer, gptq_quantize
+from qtool.gptq import Solution, _quantize_rows, _round_columns, _solve, fit_layer, gptq_quantize, groups_of
 from qtool.grid import _decoded
 from qtool.outliers import (
     FP16_MAX,
@@ -291,6 +291,38 @@ def test_outliers_cut_the_output_error_at_equal_grids(layer, number_format):
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"format": "nf4", "bits": 4}, {"format": "trellis", "bits": 2, "memory": 3}], ids=str
+)
+def test_later_columns_make_up_for_what_outliers_became(options, act_order):
+    """With d what each weight lost, d M is the error of each when it was rounded: none of what is kept, and of others
+    none beyond the limit. M from numpy's factor, in float64."""
+    weight, stats = make_layer(70, 100)
+    spec = dataclasses.replace(PLAIN, input_scales=False, act_order=act_order, **options)
+    factor = factorize(stats, [weight], spec, "layer")
+    rule = OutlierRule(0.05 * factor.cost.mean().item(), factor.cost)
+    kept = torch.zeros_like(weight)
+    solved = _round_columns(
+        weight,
+        factor,
+        fit_layer(weight, factor, spec)[0],
+        groups_of(100, spec),
+        rule,
+        lambda column, values: kept[:, column].copy_(values),
+        block_size=16,
+    )
+    perm, is_kept = factor.perm, (kept != 0)[:, factor.perm].numpy()
+    reverse = factor.damped.double().numpy()[perm][:, perm][::-1, ::-1]
+    upper = np.linalg.cholesky(reverse)[::-1, ::-1]
+    errors = (weight - solved.decoded.T - kept).double().numpy()[:, perm] @ (upper / upper.diagonal())
+    limits = np.broadcast_to(math.sqrt(rule.threshold) / upper.diagonal(), errors.shape)
+    assert 0.005 < is_kept.mean() < 0.5
+    assert (abs(errors) <= limits * (1 + 1e-3))[~is_kept].all()
+    # Beyond a block, an outlier became what was free, and not what fp16 holds of that.
+    assert (abs(errors) <= 2.0**-10 * (limits + abs(kept[:, perm].numpy())))[is_kept].all()
 
 
 def test_rows_in_stripes_keep_the_same_outliers(layer, monkeypatch):
