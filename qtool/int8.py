@@ -26,15 +26,17 @@ def outlier_features(stats: LayerStats, spec: QuantSpec) -> Tensor:
 def int8_quantize(weight: Tensor, stats: LayerStats, spec: QuantSpec) -> Solution:
     """weight [out, in] f32, each row scaled by its largest magnitude over the inputs without outliers."""
     columns = outlier_features(stats, spec)
-    rest = weight.clone()
+    rest = weight.clone()  # becomes the codes, then what they decode to: there is one copy of a large layer at a time
     rest[:, columns] = 0
-    scales = rest.abs().amax(1).div_(127)
-    codes = torch.round(rest / scales.where(scales > 0, 1.0)[:, None]).clamp_(-127, 127)
+    low, high = rest.aminmax(dim=1)
+    scales = torch.maximum(low.abs(), high.abs()).div_(127)
+    rest.div_(scales.where(scales > 0, 1.0)[:, None]).round_().clamp_(-127, 127)
+    codes = rest.to(torch.int8)
     values = weight[:, columns].half()
-    decoded = scales[:, None] * codes
+    decoded = rest.mul_(scales[:, None])
     decoded[:, columns] = values.float()
     layer = Int8Linear(
-        codes=codes.numpy().astype(np.int8),
+        codes=codes.numpy(),
         scales=scales.numpy(),
         columns=columns.numpy().astype(np.uint32) if len(columns) else None,
         values=values.numpy() if len(columns) else None,
