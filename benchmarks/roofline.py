@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from benchmarks.kernels import FEW, TERNARY
 from benchmarks.tools import Limits, print_table
 from formats.encoding import MatrixEncoding, Shape, Uniform
-from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks, blocks_for
+from formats.kernels.blocks import DECODED, FEW_TOKENS, Blocks, blocks_for, ceil_div
 from formats.kernels.layout import is_ternary, layout_of
 
 
@@ -74,7 +74,7 @@ def work_of(encoding: MatrixEncoding, shape: Shape, n_tokens: int) -> Work:
         weight = HALF * shape[0] * shape[1]
         before = encoding.section_bytes(shape) + weight
         return Work(once + 2 * weight + written, once + written, operations, before)
-    again = (-(-n_tokens // blocks.tokens) - 1) * encoding.section_bytes(shape)  # by every block of tokens
+    again = (ceil_div(n_tokens, blocks.tokens) - 1) * encoding.section_bytes(shape)  # by every block of tokens
     return Work(once + again + written, once + written, operations)
 
 

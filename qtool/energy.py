@@ -15,12 +15,10 @@ def output_energy(weight: Tensor, hessian: Tensor | None, damping: Tensor | None
     """tr(W H Wᵀ) of weight [out, in]; H [in, in] less `damping` [in] on its diagonal, or without one the identity."""
     if hessian is None:
         return float(weight.square().sum(dtype=torch.float64))
-    energy = 0.0
+    energy = 0.0  # H is symmetric: what is left of its diagonal counts twice
     for rows in weight.split(max(1, MAX_ELEMENTS // weight.shape[1])):
         product = torch.empty_like(rows)
-        for start in range(
-            0, len(hessian), ENERGY_COLUMNS
-        ):  # H is symmetric: what is left of its diagonal counts twice
+        for start in range(0, len(hessian), ENERGY_COLUMNS):
             own, before = slice(start, start + ENERGY_COLUMNS), slice(0, start)
             torch.mm(rows[:, own], hessian[own, own], out=product[:, own])
             product[:, own].addmm_(rows[:, before], hessian[before, own], alpha=2)

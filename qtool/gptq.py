@@ -188,7 +188,7 @@ class _Solved:
 
     codes: Tensor  # [in, rows] u8
     decoded: Tensor  # [in, rows] f32, without what was kept of outliers and without input scales
-    lost_energy: float = 0.0  # by the Hessian without its damping; known where nothing was kept
+    lost_energy: float = 0.0  # by the Hessian without its damping, where no rule keeps any of it
 
 
 def _quantize_rows(
@@ -233,7 +233,9 @@ def _round_columns(
             ):
                 keep(column, kept)
         free[own.stop :].addmm_(factor.shares[own, own.stop :].T, columns.lost[own])
-    lost_energy = _energy(free.sub_(columns.decoded), factor.pivots) - _energy(columns.lost, factor.damping[perm])
+    lost_energy = 0.0
+    if rule is None:
+        lost_energy = _energy(free.sub_(columns.decoded), factor.pivots) - _energy(columns.lost, factor.damping[perm])
     if is_in_order:
         return _Solved(columns.codes, columns.decoded, lost_energy)
     back = perm.argsort()

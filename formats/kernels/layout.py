@@ -69,6 +69,11 @@ class Layout(NamedTuple):
     at_columns: int
     at_outliers: int
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether some weights are stored beside the codes."""
+        return self.has_outliers or self.n_columns > 0
+
 
 @functools.lru_cache(maxsize=4096)
 def layout_of(encoding: MatrixEncoding, shape: Shape) -> tuple[Layout, tuple[int, ...]]:

@@ -69,13 +69,12 @@ def product_launches(
         kernel, some = multiply_groups, (ceil_div(n_tokens, ARRANGED_TOKENS), n_blocks)
         arranged = {"L": layout, "BLOCK_M": ARRANGED_TOKENS, "BLOCK_K": blocks.inputs, **FUSED}
         arrange = Launch(arrange_inputs, some, (offsets, n_tokens), **arranged)
-    is_sparse = blocks.is_tile and (layout.has_outliers or layout.n_columns > 0)
+    is_sparse = blocks.is_tile and layout.is_sparse
     if is_sparse:
         some = ceil_div(n_tokens, SPARSE[0]), ceil_div(n_outputs, SPARSE[1])
         add_sparse = Launch(sparse_kernel, some, numbers, **sizes | {"BLOCK_M": SPARSE[0], "BLOCK_N": SPARSE[1]})
     if is_sparse or blocks.splits > 1:
-        n_sums, splits = n_tokens * n_outputs, {"SPLITS": blocks.splits, "BLOCK": SUMS, **FUSED}
-        add_splits = Launch(splits_kernel, (ceil_div(n_sums, SUMS),), (n_sums,), **splits)
+        add_splits = splits_launch(n_tokens * n_outputs, blocks.splits)
     return ProductLaunches(
         arrange=arrange,
         arranged=(n_tokens, n_blocks * blocks.inputs),
@@ -84,6 +83,11 @@ def product_launches(
         add_sparse=add_sparse,
         add_splits=add_splits,
     )
+
+
+def splits_launch(n_sums: int, splits: int) -> Launch:
+    """Of what adds so many sums of each split to the result."""
+    return Launch(splits_kernel, (ceil_div(n_sums, SUMS),), (n_sums,), SPLITS=splits, BLOCK=SUMS, **FUSED)
 
 
 def _dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -13,9 +13,9 @@ from torch import Tensor
 from formats.encoding import MatrixEncoding, Shape, TernaryDict, TernaryRans
 from formats.encoding.ternary_rans import LANES, SLOTS
 from formats.kernels.blocks import ceil_div
+from formats.kernels.product import splits_launch
 from formats.kernels.triton_lanes import SYMBOLS, decode_lanes, fill_tables, multiply_lanes
 from formats.kernels.triton_phrases import decode_phrases, multiply_phrases
-from formats.kernels.triton_rows import add_splits
 from formats.ternary import phrases, symbol_digits
 
 CODEWORDS = {1: 16, 2: 8, 4: 8, 8: 4}
@@ -23,7 +23,6 @@ CODEWORDS = {1: 16, 2: 8, 4: 8, 8: 4}
 DECODED_CODEWORDS = 16
 ONE_WARP: dict[str, Any] = {"num_warps": 1}
 SLOTS_AT_A_TIME = 512
-SUMS = 1024
 
 
 def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape) -> Tensor:
@@ -45,9 +44,7 @@ def multiply(x: Tensor, section: Tensor, encoding: MatrixEncoding, shape: Shape)
         x, section, *_tables(section, offsets), sums, offsets, n_tokens, n_outputs, BLOCK_M=tokens, **options
     )
     if sums is not y:
-        add_splits[(ceil_div(y.numel(), SUMS),)](
-            sums, y, y.numel(), SPLITS=n_segments, BLOCK=SUMS, enable_fp_fusion=True
-        )
+        splits_launch(y.numel(), n_segments)(sums, y)
     return y
 
 

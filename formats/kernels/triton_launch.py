@@ -115,7 +115,7 @@ def _decode_from(first_row: int, weight: Tensor, section: Tensor, encoding: Matr
     layout, offsets = layout_of(encoding, shape)
     tables, rows = _constants(section.device), (first_row, len(weight))
     _decoder(layout, offsets, rows, weight.dtype, section.device)(section, tables, weight)
-    if layout.has_outliers or layout.n_columns > 0:
+    if layout.is_sparse:
         exact = {"L": layout, "enable_fp_fusion": False, "HAS_IDS": False}
         _decode_sparse((section, tables, section, weight, offsets, *rows), exact)
 
